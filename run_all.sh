@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Makes the environment once, then runs the notebooks, the tests or JupyterLab: see usage().
+set -eo pipefail
+unset CDPATH
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+VENV=$ROOT/.venv
+PYTHON=
+SECONDS=0
+
+usage() {
+    cat <<'END_OF_USAGE'
+Usage: ./run_all.sh [smoke|quick|laptop|paper] [OPTIONS]
+           run the notebooks into executed/<scale> and figures/<scale>; the default is quick (minutes, no download)
+       ./run_all.sh test [--all] [PYTEST ARGUMENTS]
+           run the tests, and validate the notebooks unless pytest arguments narrow the run; --all adds the slow tests
+       ./run_all.sh lab [JUPYTER ARGUMENTS]
+           open JupyterLab on notebooks/
+
+Options of the first form:
+  --only 01,03             only these notebooks, by number or name
+  --data DIR               folder of the image sets (default: data, or $SIDAE_DATA)
+  --device auto|cpu|cuda   where to train (default: auto)
+  --seeds N                seeds 0 to N-1 instead of the scale's own
+  --minutes N              stop at a checkpoint after N minutes in all; the next call goes on from there
+  --download               allow data sets to be downloaded
+  --fresh                  ignore the recorded runs and start an empty store under runs/; nothing is deleted
+  --cell-seconds N         a notebook fails when one of its cells takes longer (default: smoke 300, quick 1800)
+  -p NAME VALUE            set any other parameter of the notebooks
+  --help, -h               show this text
+
+The environment is made in .venv, once, by python3 (3.11 or newer, with venv), and again when requirements.lock or
+pyproject.toml changes. An active environment that has the package and its extras is used as it is.
+END_OF_USAGE
+}
+
+fail() { # fail CODE SENTENCE
+    echo "run_all.sh: $2" >&2
+    exit "$1"
+}
+
+has() { # has PYTHON MODULE...: this interpreter is new enough to know -P and finds every module
+    "$1" -P -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+        "${@:2}" 2>/dev/null
+}
+
+find_python() { # prints the first python3 that can make the environment
+    local name found
+    for name in python3 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    found=$(python3 --version 2>/dev/null) || found="no python3"
+    fail 1 "Python 3.11 or newer with venv is needed, and here is $found; install one and run this again."
+}
+
+stamp() { # what the environment was made from; a moved folder counts, since scripts in .venv hold its path
+    { echo "$ROOT" && cat "$ROOT/requirements.lock" "$ROOT/pyproject.toml"; } | cksum
+}
+
+is_whole() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/stamp" 2>/dev/null)" = "$(stamp)" ]; }
+
+make_environment() {
+    local python log=$VENV/make.log sentence
+    python=$(find_python) || exit
+    { : >>"$VENV.lock"; } 2>/dev/null || fail 1 "Cannot write to $ROOT, where the environment is to be made."
+    exec 9>>"$VENV.lock" # two calls at once make it once; macOS has no flock(1), and the lock outlives this python
+    "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+    if ! is_whole; then
+        echo "Making the environment in $VENV (once, about a minute) ..."
+        "$python" -m venv --clear "$VENV" || fail 1 "$python could not make $VENV; the reason stands above."
+        sentence="The environment could not be made: no network, or a package could not be fetched (see $log)."
+        "$VENV/bin/python" -m pip install --quiet uv >"$log" 2>&1 || fail 1 "$sentence"
+        { # compiled now, since a machine that sets PYTHONDONTWRITEBYTECODE would do it at every import
+            "$VENV/bin/uv" pip sync --python "$VENV/bin/python" --compile-bytecode --require-hashes \
+                "$ROOT/requirements.lock" &&
+                "$VENV/bin/uv" pip install --python "$VENV/bin/python" --no-deps --no-build-isolation -e "$ROOT"
+        } >>"$log" 2>&1 || fail 1 "$sentence"
+        stamp >"$VENV/stamp" # last, so that an interrupted make is done again
+    fi
+    exec 9>&-
+}
+
+use_environment() { # use_environment MODULE...: sets PYTHON to an interpreter that has the package and these modules
+    local prefix
+    for prefix in "$VIRTUAL_ENV" "$CONDA_PREFIX"; do
+        if [ -z "$PYTHON" ] && [ -n "$prefix" ] && has "$prefix/bin/python" sidae_lib torch "$@"; then
+            PYTHON=$prefix/bin/python
+        fi
+    done
+    if [ -z "$PYTHON" ]; then
+        is_whole || make_environment
+        PYTHON=$VENV/bin/python
+    fi
+    export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} # an active environment may hold the package of another checkout
+}
+
+run_notebooks() {
+    local args=(--scale quick)
+    while [ $# -gt 0 ]; do
+        case $1 in
+            smoke | quick | laptop | paper) args+=(--scale "$1") ;;
+            --only | --data | --device | --seeds | --minutes | --cell-seconds)
+                [ $# -ge 2 ] || fail 2 "$1 needs a value; see ./run_all.sh --help."
+                args+=("$1" "$2") && shift
+                ;;
+            --download | --fresh) args+=("$1") ;;
+            -p)
+                [ $# -ge 3 ] || fail 2 "-p needs a name and a value; see ./run_all.sh --help."
+                args+=("$1" "$2" "$3") && shift 2
+                ;;
+            --help | -h)
+                usage
+                exit
+                ;;
+            *) fail 2 "Unknown scale or option $1; see ./run_all.sh --help." ;;
+        esac
+        shift
+    done
+    use_environment papermill nbconvert ipykernel ipywidgets
+    exec "$PYTHON" -P -m sidae_lib.batch "${args[@]}"
+}
+
+limited() { # limited COMMAND...: what is left of an hour
+    local code=0 limit=()
+    if command -v timeout >/dev/null; then limit=(timeout --foreground -s INT -k 30 $((3600 - SECONDS))); fi
+    "${limit[@]}" "$@" || code=$?
+    if [ $code = 124 ] || [ $code = 137 ]; then fail 1 "The tests took more than 60 minutes and were stopped."; fi
+    return $code
+}
+
+run_tests() {
+    local code=0 scratch
+    use_environment papermill nbconvert ipykernel pytest nbval hypothesis scipy
+    cd "$ROOT"
+    limited "$PYTHON" -m pytest --durations=15 "$@" || code=1
+    if [ "$*" = "" ] || [ "$*" = --all ]; then
+        scratch=$(mktemp -d)
+        trap 'rm -rf "$scratch"' EXIT
+        # Empty folders, so that the validation trains what it checks; ipykernel chooses the backend itself.
+        SIDAE_RUNS=$scratch/runs SIDAE_RECORDS=$scratch/records SIDAE_FIGURES=$scratch/figures MPLBACKEND='' \
+            limited "$PYTHON" -m pytest --durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+            notebooks || code=1
+    fi
+    return $code
+}
+
+case $1 in
+    test) run_tests "${@:2}" ;;
+    lab)
+        use_environment jupyterlab ipywidgets
+        exec "$PYTHON" -m jupyterlab "${@:2}" "$ROOT/notebooks"
+        ;;
+    *) run_notebooks "$@" ;;
+esac

@@ -1,0 +1,70 @@
+"""`python -m sidae_lib run FIGURE --scale S` and `list`: the store from the command line, with no Jupyter."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from . import experiments, figures, runs, train
+from .config import RunConfig, SidaeError
+
+
+def _run(args: argparse.Namespace) -> None:
+    build = experiments.figure(args.figure)
+    seeds = tuple(range(args.seeds)) if args.seeds else ()
+    configs, evals = build(args.scale, datasets=args.datasets or (), seeds=seeds)
+    runs.fetch_all([*configs, *evals], device=args.device, minutes=args.minutes)
+    print(f"{args.figure} at scale {args.scale}: {len(configs)} runs and {len(evals)} evaluations are recorded.")
+    if evals:
+        print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in evals]))).to_string())
+
+
+def _list(args: argparse.Namespace) -> None:
+    for scale in [args.scale] if args.scale else experiments.SCALES:
+        experiments.scale_of(scale)
+        print(f"{scale}:")
+        for name, build in experiments.FIGURES.items():
+            try:
+                configs, evals = build(scale)
+                wanted = [*configs, *evals]
+                left = runs.missing(wanted)
+                training = sum(isinstance(c, RunConfig) and c.epochs > 0 for c in left)
+                seconds = runs.seconds_left(wanted) if left else 0.0
+                time = "time unknown, no such run is recorded" if seconds is None else f"about {seconds / 60:.1f} min"
+                print(f"  {name:24s} {len(wanted) - len(left)} of {len(wanted)} recorded"
+                      + (f", {training} runs to train, {time}" if left else ""))
+            except SidaeError as e:
+                print(f"  {name:24s} {e}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sidae_lib", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="compute and record what a figure needs")
+    run.add_argument("figure", help=", ".join(experiments.FIGURES))
+    run.add_argument("--scale", default="quick", help=", ".join(experiments.SCALES))
+    run.add_argument("--datasets", nargs="+", metavar="NAME", help="only these image sets")
+    run.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
+    run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
+    run.set_defaults(call=_run)
+    show = commands.add_parser("list", help="figures, what is recorded and what is missing")
+    show.add_argument("--scale")
+    show.set_defaults(call=_list, data=None)
+    args = parser.parse_args(argv)
+    if args.data:
+        os.environ["SIDAE_DATA"] = str(Path(args.data).resolve())
+    try:
+        args.call(args)
+    except train.Stopped as e:
+        print(e)
+        return 0 if getattr(args, "minutes", None) is not None and "Time is up" in str(e) else 130
+    except SidaeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

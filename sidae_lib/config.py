@@ -1,0 +1,208 @@
+"""What makes two runs the same: flat frozen configs, and the key that names each.
+
+A key is the first 16 hex digits of sha256 over canonical JSON that omits every field at its default, so a record stays
+found when the project grows: a default never changes, and a new field's default is the old behaviour.
+Where the paper leaves a choice open the comment says "open"; the default then is this project's reading.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+
+class SidaeError(Exception):
+    """Base class of every error this project raises on purpose: one sentence that says what to do."""
+
+
+# Raised when the mathematics of a method or of a pipeline changes; a name that is not listed stands at 1.
+METHOD_RECIPES: dict[str, int] = {}
+AUGMENT_RECIPES: dict[str, int] = {}
+
+
+class _Config:
+    """Strict construction, canonical JSON and the key, shared by the configs below."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is float and type(value) in (int, float):
+                self._require(abs(value) < 1e300, f"{name} must be a finite number, not {value}.")
+                object.__setattr__(self, name, value := value + 0.0)  # 1 and 1.0 are one run, 0.0 and -0.0 too
+            if choices := get_args(kind):
+                self._require(value in choices, f"Unknown {name} {value!r}; choose from {', '.join(choices)}.")
+            else:
+                self._require(type(value) is kind, f"{name} must be {kind.__name__}, not {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their default, as JSON types: what the key is taken over."""
+        out = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, _Config):
+                value = value.to_dict()
+            if value != f.default:
+                out[f.name] = value
+        return out
+
+    def key(self) -> str:
+        """16 hex digits that name this config."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]):
+        """Inverse of `to_dict`. Raises SidaeError on an unknown field or a wrong type."""
+        if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
+            raise SidaeError(f"A {cls.__name__} is a JSON object, not {type(d).__name__}.")
+        hints = get_type_hints(cls)
+        return cls.create(**{k: getattr(hints.get(k), "from_dict", lambda v: v)(v) for k, v in d.items()})
+
+    def replace(self, **changes):
+        """A copy with some fields changed. Raises SidaeError on an unknown field."""
+        return type(self).create(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
+
+    @classmethod
+    def create(cls, **fields):
+        """The constructor, with an unknown or missing field as a SidaeError."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(repr(k) for k in fields if k not in names):
+            raise SidaeError(f"Unknown {cls.__name__} field {', '.join(unknown)}; known: {', '.join(names)}.")
+        needed = (f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
+        if missing := [n for n in needed if n not in fields]:
+            raise SidaeError(f"A {cls.__name__} needs the field {', '.join(missing)}.")
+        return cls(**fields)
+
+    def _require(self, ok: bool, sentence: str) -> None:
+        if not ok:
+            raise SidaeError(sentence)
+
+    def _ranges(self, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
+        """The rules for the names given, and for the fields that both configs have."""
+        for name, value in vars(self).items():
+            if name == "lr" or name in positive:
+                self._require(value > 0, f"{name} must be positive, got {value}.")
+            if name in ("weight_decay", "label_count", *not_negative):
+                self._require(value >= 0, f"{name} must not be negative, got {value}.")
+            if name.endswith("seed"):
+                self._require(0 <= value < 2**32, f"{name} must lie in 0 to 2^32 - 1, got {value}.")
+        self._require(0 < self.labels <= 1, f"labels is a fraction in (0, 1], not {self.labels}.")
+        self._require(self.labels == 1 or not self.label_count, "labels and label_count exclude each other; give one.")
+        self._require(self.batch >= 2, f"batch must be at least 2 (BatchNorm needs two samples), got {self.batch}.")
+        self._require(0 <= self.momentum < 1, f"momentum must lie in [0, 1), got {self.momentum}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Config):
+    """Everything that changes the result of one pre-training run (section numbers: arXiv:2304.02549).
+
+    Device, paths, threads and compilation are left out: they change bits at most, never the experiment.
+    """
+
+    method: str  # a name in methods.METHODS
+    data: str  # fingerprint of the decoded arrays (data.identify), never a name or a path
+    seed: int = 0  # weights, order and augmentation
+    # training images
+    split: Literal["train", "unlabeled"] = "train"  # unlabeled: STL-10's 100,000
+    pool: int = 0  # how many of the split's images to train on, drawn by pool_seed; 0 = all
+    pool_seed: int = 0
+    channels: int = 3  # open: grey sets are replicated to 3 channels, one architecture for all sets
+    size: int = 32  # pixels (Sec. 4.1)
+    resize: Literal["antialias", "bilinear"] = "antialias"  # open: of the whole image, before any augmentation
+    labels: float = 1.0  # supervised only: share of the training labels
+    label_count: int = 0  # supervised only: number of labels instead of a share; 0 = use `labels`
+    label_seed: int = 0  # one subset for all runs and methods (Sec. 4.1)
+    augment: str = "simsiam_cifar"  # a name in augment.VIEWS; open there: blur kernel 9, sigma U(0.1, 2)
+    # network
+    backbone: Literal["resnet18", "small_cnn"] = "resnet18"
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool, the accuracy points to it
+    width: int = 64  # channels of the first stage
+    dim: int = 2048  # D, the projector's output ("set to [4]")
+    hidden: int = 2048  # open: the projector's hidden width
+    proj_affine: bool = False  # open: scale and shift in the projector's last BatchNorm
+    pred_hidden: int = 512  # the predictor's bottleneck
+    decoder: int = 512  # open: channels at 1x1, then a mirror of ResNet-18
+    # SidAE and the autoencoder
+    w: float = 0.5  # open: the loss weight, L = w L_si + (1 - w) L_dae
+    target: Literal["standardised", "unit"] = "standardised"  # open: scale of the reconstruction target; unit: [0, 1]
+    recon: Literal["mean", "sum"] = "mean"  # open: squared error as a mean over elements; sum: over an image's elements
+    recon_target: Literal["clean", "view"] = "clean"  # open: the undisturbed image for both views; view: each its own
+    output: Literal["linear", "sigmoid", "tanh"] = "linear"  # open: the decoder's last activation
+    # optimisation
+    optimizer: Literal["sgd"] = "sgd"
+    lr: float = 0.03  # open: literal, not scaled by batch / 256
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_bias: bool = True  # open: weight decay on biases and BatchNorm too (plain SGD)
+    schedule: Literal["cosine", "constant"] = "cosine"  # decay to 0, per step
+    predictor_lr: Literal["schedule", "constant"] = "schedule"  # open: the predictor follows the schedule
+    batch: int = 512
+    epochs: int = 200
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; set by the scale and never by the device
+    # which mathematics; 0 asks for the current ones and is resolved at once
+    method_recipe: int = 0
+    augment_recipe: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, current in (("method_recipe", METHOD_RECIPES.get(self.method, 1)),
+                              ("augment_recipe", AUGMENT_RECIPES.get(self.augment, 1))):  # fmt: skip
+            object.__setattr__(self, name, getattr(self, name) or current)
+        self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder"),
+                     not_negative=("epochs", "pool", "method_recipe", "augment_recipe"))  # fmt: skip
+        self._require(0 <= self.w <= 1, f"w must lie in [0, 1] (0 = autoencoder, 1 = SimSiam), got {self.w}.")
+        self._require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if not (k.endswith("_recipe") and v == 1)}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "RunConfig":
+        first = {"method_recipe": 1, "augment_recipe": 1}  # a recipe that a record does not name is the first
+        return super().from_dict(first | d if isinstance(d, dict) else d)
+
+    def replace(self, **changes) -> "RunConfig":
+        return super().replace(**{"method_recipe": 0, "augment_recipe": 0} | changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Config):
+    """One evaluation of one checkpoint of one run, a record of its own."""
+
+    run: RunConfig
+    kind: str = "linear"  # a name in evaluate.KINDS
+    epoch: int = -1  # checkpoint; -1 = the last (open: never the best on test)
+    data: str = ""  # fingerprint of the set to classify; "" = the run's own
+    labels: float = 1.0  # share of the training labels, drawn uniformly (Sec. 4.1)
+    label_count: int = 0  # number of labels instead of a share; 0 = use `labels`
+    label_seed: int = 0
+    seed: int = -1  # classifier's initialisation and order; -1 = the run's
+    score_on: Literal["test", "val"] = "test"  # val: 20 % of the chosen labels are held out and scored instead
+    fold: int = -1  # open: STL-10's full 5,000 training images; 0 to 9 = one predefined fold
+    # classifier: Sec. 4.1
+    fit_epochs: int = 50
+    lr: float = 0.05
+    backbone_lr: float = 0.05  # open: fine-tuning moves the backbone at the classifier's rate
+    momentum: float = 0.9
+    weight_decay: float = 0.0  # open
+    schedule: Literal["constant", "cosine"] = "constant"  # open
+    batch: int = 256
+    keep_last: bool = True  # open: a short last batch is used; dropping it would halve training at 1 %
+    augment: str = "none"  # open: resize and normalise only, so that features can be cached
+    bn: Literal["eval", "train"] = "eval"  # open: BatchNorm of a frozen backbone keeps its running statistics
+    stats: Literal["run", "data"] = "run"  # open: whose pixel statistics normalise, the pre-training set's or data's
+    k: int = 200  # knn: neighbours
+    tau: float = 0.1  # knn: weight exp(cosine / tau)
+    C: float = 1.0  # logistic: inverse strength of the L2 penalty
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        run = self.run  # one evaluation, one key: what is the run's own is written in one way
+        for name, asked, own in (("epoch", -1, run.epochs), ("seed", -1, run.seed), ("data", run.data, "")):
+            if getattr(self, name) == asked:
+                object.__setattr__(self, name, own)
+        self._ranges(positive=("fit_epochs", "k", "tau", "C"), not_negative=("backbone_lr",))
+        self._require(0 <= self.epoch <= run.epochs,
+                      f"epoch must lie in 0 to {run.epochs}, the length of its run, got {self.epoch}.")  # fmt: skip
+        self._require(-1 <= self.fold <= 9, f"fold must lie in 0 to 9, or be -1 for all, got {self.fold}.")

@@ -1,0 +1,473 @@
+"""Image sets as uint8 tensors of one size, named by their content.
+
+A set is found by name (embedded, in torchvision's own files, or SIDAE_DATA/<name>.npz) or by place (`npz:PATH`,
+`folder:PATH`), decoded and resized once and memory-mapped from SIDAE_DATA/.cache afterwards, a folder that may be
+deleted at any time. Results refer to a set by the fingerprint of its decoded arrays, never by name or path.
+Nothing is unpickled but CIFAR-10's own batches, by torchvision, after it has checked their md5 sums.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as TF
+
+from . import paths
+from .config import SidaeError
+
+SPLITS = ("train", "test", "unlabeled")  # in the fingerprint's order
+TORCHVISION = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
+               "stl10": datasets.STL10}
+KNOWN = {  # fingerprint -> (name, display)
+    "42d24bb1f8bd4149": ("digits", "digits"),
+    "3e3584b7ff00fc32": ("photos", "photos"),
+    "4c3c3722cb5ddee1": ("mnist", "MNIST"),
+    "108bcf2de452d970": ("fashion_mnist", "Fashion-MNIST"),
+    "131428effbc89b28": ("cifar10", "CIFAR-10 (JPEG copy)"),
+    "a194b1f1e8fabeba": ("tinyimagenet32", "Tiny ImageNet 32 (50k)"),
+}
+MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+Image.MAX_IMAGE_PIXELS = 100_000_000  # of one image file; above is a mistake or a decompression bomb
+BLOCK = 2**24  # bytes of pixels that are resized or counted at once
+CACHE_FORMAT = 1  # raised when a cache would hold something else for the same files
+
+_names: dict[str, str] = {}  # fingerprint -> name, of the sets this process has seen
+
+
+@dataclass(frozen=True)
+class Split:
+    images: Tensor  # uint8 (N, C, S, S), on the CPU, memory-mapped where it came from a cache
+    labels: Tensor | None = None  # int64 (N,)
+    folds: Tensor | None = None  # STL-10's train only: int64 (10, 1000), its predefined folds
+
+
+@dataclass(frozen=True)
+class Images:
+    """One set at one size. mean, std: per channel of the training split (else the unlabeled, else the test split) for
+    pixels in [0, 1], rounded so that they are the same on every machine."""
+
+    name: str
+    display: str
+    fingerprint: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: dict[str, Split]
+
+    def split(self, name: str) -> Split:
+        """Raises SidaeError if the set has no such split."""
+        if name not in self.splits:
+            raise SidaeError(f"{self.display} has no split {name!r}; it has {', '.join(self.splits)}.")
+        return self.splits[name]
+
+
+def load(name: str, *, size: int = 32, channels: int = 3, resize: str = "antialias", download: bool = False) -> Images:
+    """The set called `name`: digits, photos, mnist, fashion_mnist, cifar10, stl10, the stem of an npz in SIDAE_DATA,
+    npz:PATH or folder:PATH.
+
+    The shorter side is resized to `size` bilinearly (resize: antialias, or bilinear without), then the centre is cut.
+    channels 3: grey is replicated; 1: colour becomes luminance. Raises SidaeError if the set is missing or damaged.
+    """
+    if size < 1 or channels not in (1, 3) or resize not in ("antialias", "bilinear"):
+        raise SidaeError(f"Sets load at a size >= 1, with 1 or 3 channels, resize antialias or bilinear; "
+                         f"got {size}, {channels}, {resize!r}.")
+    source = _find(name, download)
+    if source is None:
+        raise _missing(name)
+    images = _load(source, size, channels, resize)
+    _names[images.fingerprint] = images.name
+    return replace(images, display=display(images.fingerprint))
+
+
+def identify(name: str, *, download: bool = False) -> str:
+    """Fingerprint of the set called `name`. For a known one that is not on this machine: the known fingerprint, of
+    several the one that published records use, so that figures replay without data. Raises as `load` does."""
+    known = [f for f, (n, _) in KNOWN.items() if n == name]
+    if known and _find(name, download) is None:
+        recorded = {json.loads(r.read_text())["config"]["data"] for r in paths.records().glob("*/record.json")}
+        return next((f for f in known if f in recorded), known[0])
+    return load(name, download=download).fingerprint
+
+
+def by_fingerprint(fingerprint: str, **load_kwargs) -> Images:
+    """The set with this content: one this process has seen, an embedded one or any in SIDAE_DATA; arguments as `load`.
+    Raises SidaeError if there is none."""
+    expected = _names.get(fingerprint) or KNOWN.get(fingerprint, ("",))[0]
+    there = sorted(p.stem for p in paths.data().glob("*.npz"))
+    for name in dict.fromkeys((expected, *EMBEDDED, *TORCHVISION, *there)):
+        try:
+            if _find(name) and (images := load(name, **load_kwargs)).fingerprint == fingerprint:
+                return images
+        except SidaeError:
+            if name == expected:  # a damaged set of another name is not this caller's trouble
+                raise
+    if expected and _find(expected) is None:
+        raise _missing(expected)
+    raise SidaeError(f"No set with the content {display(fingerprint)} is in {paths.data()}: put it there, or set "
+                     f"SIDAE_DATA to the folder that holds it.")
+
+
+def sources() -> dict[str, str]:
+    """fingerprint -> name of the sets this process has seen, for another to `remember`."""
+    return dict(_names)
+
+
+def remember(sources: dict[str, str]) -> None:
+    """Takes over another process's `sources`; what this process has seen itself stays."""
+    _names.update(sources | _names)
+
+
+def display(fingerprint: str) -> str:
+    """The name a figure shows for the set with this content."""
+    name = _names.get(fingerprint)
+    own = fingerprint if name is None else f"{Path(name.split(':', 1)[-1]).name.removesuffix('.npz')} (own copy)"
+    return KNOWN.get(fingerprint, ("", own))[1]
+
+
+def subset(n: int, *, fraction: float = 1.0, count: int = 0, seed: int = 0) -> Tensor:
+    """Sorted int64 indices of `count` (unless 0) or round(fraction * n) out of n images, drawn uniformly without
+    replacement and not stratified (arXiv:2304.02549, Sec. 4.1): a function of n, the number and the seed alone."""
+    if not 0 < fraction <= 1:
+        raise SidaeError(f"The share of images must lie in (0, 1], got {fraction}.")
+    if not 0 <= count <= n:
+        raise SidaeError(f"Cannot draw {count} of {n} images; choose a number from 1 to {n}.")
+    number = count or round(fraction * n)
+    if number == 0:
+        raise SidaeError(f"A share of {fraction} of {n} images leaves none; take a larger one.")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:number].sort().values
+
+
+# --- where a set is -------------------------------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    name: str
+    path: Path
+    read: Callable[["_Source"], Iterator["_Raw"]]
+    stamps: tuple[tuple[str, int, int], ...] = ()  # path, size, time of every file: what a cache is made from
+
+
+def _stamped(name: str, path: Path, read: Callable, files: list[Path]) -> _Source:
+    return _Source(name, path, read, tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def _find(name: str, download: bool = False) -> _Source | None:
+    kind, _, place = name.partition(":")
+    if place:
+        path = Path(place).expanduser().resolve()  # absolute: a notebook and a worker have other working directories
+        if kind == "npz" and path.is_file():
+            return _stamped(f"npz:{path}", path, _read_npz, [path])
+        if kind == "folder" and path.is_dir():
+            return _stamped(f"folder:{path}", path, _read_folder, _flat(_listing(path)))
+        return None
+    if name in EMBEDDED:
+        return _Source(name, Path(name), EMBEDDED[name])
+    npz = paths.data() / f"{name}.npz"
+    if name in TORCHVISION:
+        files = _torchvision_files(name)
+        if download and not npz.is_file() and not all(f.is_file() for f in files):
+            with _reading(f"{name} could not be downloaded to {paths.data()}", "check the network and the disk"):
+                TORCHVISION[name](paths.data(), download=True)
+        if all(f.is_file() for f in files):
+            return _stamped(name, paths.data(), _read_torchvision, files)
+    return _stamped(name, npz, _read_npz, [npz]) if npz.is_file() else None
+
+
+def _missing(name: str) -> SidaeError:
+    kind, _, place = name.partition(":")
+    if place and kind in ("npz", "folder"):
+        return SidaeError(f"There is no {kind} {Path(place).expanduser().resolve()}; check the path.")
+    if name in TORCHVISION:
+        absent = next(f for f in _torchvision_files(name) if not f.is_file())
+        return SidaeError(f"{name} is not on this machine ({absent} is missing): add --download to fetch it, or set "
+                          f"SIDAE_DATA to a folder that has it.")
+    return SidaeError(f"There is no data set {name!r}: choose from {', '.join((*EMBEDDED, *TORCHVISION))}, npz:PATH or "
+                      f"folder:PATH, or put {name}.npz into {paths.data()}.")
+
+
+def _torchvision_files(name: str) -> list[Path]:
+    cls = TORCHVISION[name]
+    if issubclass(cls, datasets.MNIST):
+        return [paths.data() / cls.__name__ / "raw" / Path(url).stem for url, _ in cls.resources]
+    extra = (cls.folds_list_file, cls.class_names_file) if name == "stl10" else (cls.meta["filename"],)
+    return [paths.data() / cls.base_folder / f for f in (*(f for f, _ in cls.train_list + cls.test_list), *extra)]
+
+
+def _listing(root: Path) -> dict[str, dict[str, list[Path]]]:
+    """split -> class -> sorted image files; the unlabeled split counts as one class."""
+    def images(folder: Path) -> list[Path]:
+        return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.name[0] != ".")
+
+    return {s: {d.name: images(d) for d in ([root / s] if s == "unlabeled" else sorted((root / s).iterdir()))
+                if d.is_dir() and d.name[0] != "."} for s in SPLITS if (root / s).is_dir()}
+
+
+def _flat(listing: dict[str, dict[str, list[Path]]]) -> list[Path]:
+    return [f for found in listing.values() for files in found.values() for f in files]
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+class _Raw(NamedTuple):
+    split: str
+    images: "np.ndarray | _Files"  # (N, H, W) or (N, H, W, C)
+    labels: np.ndarray | None
+    classes: tuple[str, ...]
+    folds: np.ndarray | None = None
+
+
+@contextmanager
+def _reading(what: str, advice: str) -> Iterator[None]:
+    """Whatever a parser raises on damaged input becomes one sentence."""
+    try:
+        yield
+    except SidaeError:
+        raise
+    except Exception as e:
+        raise SidaeError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())}); {advice}.") from e
+
+
+def _digits(source: _Source) -> Iterator[_Raw]:
+    """scikit-learn's 1,797 digits, 8 x 8, values 0 to 16; stratified 80/20 split, seed 0."""
+    from sklearn.datasets import load_digits  # seconds to import
+    from sklearn.model_selection import train_test_split
+
+    d = load_digits()
+    images = np.rint(d.images * 255 / 16).astype(np.uint8)
+    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=d.target, random_state=0)
+    for split, part in zip(("train", "test"), map(np.sort, parts), strict=True):
+        yield _Raw(split, images[part], d.target[part], tuple(map(str, d.target_names)))
+
+
+def _photos(source: _Source) -> Iterator[_Raw]:
+    """32 x 32 patches at stride 8 of scikit-learn's two sample photographs; the label is the photograph. The left 75 %
+    of the width are train, the right 20 % test: overlapping patches never lie in both."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images()
+    for split, low, high in (("train", 0.0, 0.75), ("test", 0.8, 1.0)):
+        cuts = []
+        for im in photos.images:  # (H, W, C)
+            im = im[:, round(low * im.shape[1]):round(high * im.shape[1])]
+            cut = np.lib.stride_tricks.sliding_window_view(im, (32, 32), axis=(0, 1))[::8, ::8]
+            cuts.append(cut.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # (rows, columns, C, H, W) -> (N, H, W, C)
+        yield _Raw(split, np.concatenate(cuts), np.arange(len(cuts)).repeat(len(cuts[0])),
+                   tuple(Path(f).stem for f in photos.filenames))
+
+
+EMBEDDED = {"digits": _digits, "photos": _photos}
+
+
+def _read_torchvision(source: _Source) -> Iterator[_Raw]:
+    cls = TORCHVISION[source.name]
+    if issubclass(cls, datasets.MNIST):  # older versions' processed/*.pt would be unpickled in place of raw/
+        cls = type(cls.__name__, (cls,), {"_check_legacy_exist": lambda self: False})
+    with _reading(f"{source.name} in {source.path} could not be read",
+                  f"delete {Path(source.stamps[0][0]).parent} and fetch it again with --download"):
+        if source.name != "stl10":
+            for split in ("train", "test"):
+                d = cls(source.path, train=split == "train")
+                yield _Raw(split, np.asarray(d.data), np.asarray(d.targets), tuple(d.classes))
+            return
+        folds = np.loadtxt(source.path / cls.base_folder / cls.folds_list_file, np.int64, ndmin=2)
+        for split in SPLITS:
+            d = cls(source.path, split=split)
+            yield _Raw(split, d.data.transpose(0, 2, 3, 1), None if split == "unlabeled" else d.labels,
+                       tuple(d.classes), folds if split == "train" else None)
+
+
+def _read_npz(source: _Source) -> Iterator[_Raw]:
+    with (_reading(f"{source.path} could not be read", "it must be a whole npz file of plain arrays, none of objects"),
+          np.load(source.path, allow_pickle=False) as z):
+        classes = tuple(np.asarray(z.get("classes", [])).astype(str).ravel().tolist())
+        for split in SPLITS:
+            key = "val" if split == "test" and "test_images" not in z else split
+            if f"{key}_images" in z:
+                yield _Raw(split, np.asarray(z[f"{key}_images"]), z.get(f"{key}_labels"), classes)
+
+
+class _Files:
+    """A uint8 array (N, H, W, C) of image files that decode when sliced: large photographs never stand in memory all at
+    once. EXIF rotation is ignored, alpha dropped."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, files: list[Path], mode: str, size: tuple[int, int]):
+        self.files, self.mode, self.shape = files, mode, (len(files), size[1], size[0], len(mode))
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        out = []
+        for f in self.files[part]:
+            with _reading(f"{f} could not be read", "replace or remove it"), Image.open(f) as im:
+                out.append(np.asarray(im.convert(self.mode)).reshape(self.shape[1:]))
+        return np.stack(out)
+
+
+def _header(f: Path) -> tuple[str, tuple[int, int]]:
+    """L or RGB, and (width, height), without decoding the pixels."""
+    with _reading(f"{f} could not be read", "replace or remove it"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(f) as im:
+            if im.mode not in MODES:
+                raise SidaeError(f"{f} has pixels of mode {im.mode}; convert it to 8-bit grey or RGB.")
+            return MODES[im.mode], im.size
+
+
+def _read_folder(source: _Source) -> Iterator[_Raw]:
+    listing = _listing(source.path)
+    classes = tuple(listing.get("train") or listing.get("test") or ())
+    for split, found in listing.items():
+        if not found:
+            raise SidaeError(f"{source.path / split} has no class folders; sort its images into {split}/<class>/.")
+        for name, files in found.items():
+            place = source.path / split / ("" if split == "unlabeled" else name)
+            if not files:
+                raise SidaeError(f"{place} holds no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it.")
+            if split == "test" and name not in classes:
+                raise SidaeError(f"{place} is a class that train/ does not have; rename or remove it.")
+    first = None
+    for f in _flat(listing):
+        kind = _header(f)
+        first = first or (f, *kind)
+        if kind != first[1:]:
+            pair = " and ".join(f"{p} is {w} x {h} {mode}" for p, mode, (w, h) in (first, (f, *kind)))
+            raise SidaeError(f"All images of a set must have one size and be all grey (L) or all colour (RGB), but "
+                             f"{pair}; resize or convert them.")
+    for split, found in listing.items():
+        labels = None if split == "unlabeled" else np.repeat([classes.index(c) for c in found],
+                                                             [len(files) for files in found.values()])
+        yield _Raw(split, _Files(_flat({split: found}), *first[1:]), labels, classes)
+
+
+def _checked(raw: _Raw, where: Path) -> _Raw:
+    """The same with images (N, H, W, C), C = 1 or 3, and labels int64 (N,); SidaeError on anything else."""
+    what, images, labels = f"{where}: the {raw.split} split", raw.images, raw.labels
+    if len(images.shape) == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[3] not in (1, 3):
+        raise SidaeError(f"{what} must hold uint8 images of shape (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} "
+                         f"of {images.shape}; convert them to 8-bit grey or RGB.")
+    if 0 in images.shape:
+        raise SidaeError(f"{what} holds no images; fill it or leave it out.")
+    n = images.shape[0]
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape not in ((n,), (n, 1)):
+            raise SidaeError(f"{what} has {n} images but labels of shape {labels.shape}; every image needs one label.")
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 100_000:
+            raise SidaeError(f"{what} must have labels that are integers from 0 to 99,999; number the classes from 0.")
+        labels = labels.reshape(n).astype(np.int64)
+    if raw.folds is not None and (raw.folds.ndim != 2 or raw.folds.min() < 0 or raw.folds.max() >= n):
+        raise SidaeError(f"{what} has folds that are not lines of indices below {n}; fetch the set again.")
+    return raw._replace(images=images, labels=labels)
+
+
+def _classes(names: tuple[str, ...], splits: dict[str, Split], where: Path) -> tuple[str, ...]:
+    """The class names, or numbers where there are none; an unlabeled split's labels count only if it stands alone."""
+    used = {s: 1 + int(p.labels.max()) for s, p in splits.items() if p.labels is not None}
+    needed = max((n for s, n in used.items() if s != "unlabeled"), default=0)
+    if names and needed > len(names):
+        raise SidaeError(f"{where} has the label {needed - 1} but only {len(names)} class names; name every class.")
+    if not needed and used.get("unlabeled", 0) > len(names):
+        names, needed = (), used["unlabeled"]
+    return names or tuple(map(str, range(needed)))
+
+
+def _fit(x: Tensor, size: int, channels: int, antialias: bool) -> Tensor:
+    """uint8 (N, C, H, W) -> uint8 (N, channels, size, size)."""
+    if channels == 1 and x.shape[1] == 3:
+        x = TF.rgb_to_grayscale(x)
+    x = TF.center_crop(TF.resize(x, [size], antialias=antialias), [size])
+    return x.expand(-1, channels, -1, -1)
+
+
+def _statistics(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 (N, C, S, S), from exact counts of the 256 values."""
+    counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in block.swapaxes(0, 1)])
+                 for block in np.array_split(x, x.nbytes // BLOCK + 1))
+    share, value = counts / counts.sum(1, keepdims=True), np.arange(256) / 255  # (C, 256), (256,)
+    mean = share @ value
+    std = np.sqrt((share * (value - mean[:, None]) ** 2).sum(1))
+    std[std < 5e-5] = 1  # a constant channel, which is centred but not scaled
+    return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+
+def _decode(source: _Source, size: int, channels: int, resize: str) -> Images:
+    digest, splits, names = hashlib.sha256(), {}, ()
+    for raw in source.read(source):  # one split in memory at a time
+        raw = _checked(raw, source.path)
+        n, h, w, c = raw.images.shape
+        digest.update(f"{raw.split} uint8 {n} {c} {h} {w} {raw.labels is not None} ".encode())
+        out, step = np.empty((n, channels, size, size), np.uint8), max(1, BLOCK // (h * w * c))
+        for i in range(0, n, step):
+            block = np.ascontiguousarray(raw.images[i:i + step].transpose(0, 3, 1, 2))
+            digest.update(block)
+            out[i:i + step] = _fit(torch.from_numpy(block), size, channels, resize == "antialias")
+        digest.update(b"" if raw.labels is None else raw.labels.astype("<i8"))
+        splits[raw.split] = Split(*(None if a is None else torch.from_numpy(a) for a in (out, raw.labels, raw.folds)))
+        names = raw.classes
+    if not splits:
+        raise SidaeError(f"{source.path} has no usable split: it needs train/<class>/, test/<class>/ or unlabeled/, or "
+                         f"as an npz the arrays train_images, test_images or unlabeled_images with their labels.")
+    basis = next(splits[s].images for s in ("train", "unlabeled", "test") if s in splits)
+    return Images(source.name, "", digest.hexdigest()[:16], _classes(names, splits, source.path),
+                  *_statistics(basis.numpy()), splits)
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _load(source: _Source, size: int, channels: int, resize: str) -> Images:
+    if source.name in EMBEDDED:
+        return _decode(source, size, channels, resize)
+    key = repr((CACHE_FORMAT, source.name, source.stamps, size, channels, resize))
+    folder = paths.data() / ".cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if cached := _open(source.name, folder):
+        return cached
+    images = _decode(source, size, channels, resize)
+    _store(images, folder)
+    return _open(source.name, folder) or images
+
+
+def _open(name: str, folder: Path) -> Images | None:
+    """The cached set, memory-mapped, or None where the folder does not hold a whole one."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        splits = {s: Split(**{a: torch.from_numpy(np.load(folder / f"{s}-{a}.npy", mmap_mode="c")) for a in arrays})
+                  for s, arrays in meta["splits"].items()}
+        return Images(name, "", meta["fingerprint"], *(tuple(meta[k]) for k in ("classes", "mean", "std")), splits)
+    except (OSError, EOFError, ValueError, KeyError):
+        return None
+
+
+def _store(images: Images, folder: Path) -> None:
+    """Whole or not at all; a folder that cannot be written only costs the next process its time."""
+    arrays = {s: {a: t.numpy() for a, t in vars(p).items() if t is not None} for s, p in images.splits.items()}
+    meta = {k: getattr(images, k) for k in ("fingerprint", "classes", "mean", "std")}
+    with suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder.parent) as tmp:
+            new = Path(tmp) / "set"
+            new.mkdir()
+            for s, part in arrays.items():
+                for a, array in part.items():
+                    np.save(new / f"{s}-{a}.npy", array)
+            (new / "meta.json").write_text(json.dumps(meta | {"splits": {s: list(p) for s, p in arrays.items()}}))
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one: `_open` has refused it
+            new.rename(folder)

@@ -1,0 +1,165 @@
+"""What a backbone is worth: linear probe, logistic regression, kNN, fine-tuning. One record per evaluation."""
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import augment, networks
+from .config import EvalConfig, SidaeError
+from .data import Images, subset
+from .train import batches, lr_at, provenance
+
+KINDS = ("linear", "logistic", "knn", "finetune", "classifier")
+
+
+def check(config: EvalConfig) -> None:
+    """Raises SidaeError for an unknown kind or augmentation."""
+    if config.kind not in KINDS:
+        raise SidaeError(f"Unknown kind {config.kind!r}; choose from {', '.join(KINDS)}.")
+    augment.check(config.augment)
+
+
+@torch.no_grad()
+def features(net: nn.Module, images: Tensor, *, stats: tuple, device: torch.device, batch: int = 1000) -> Tensor:
+    """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std)."""
+    mean, std = (torch.tensor(s, device=device).view(-1, 1, 1) for s in stats)
+    chunks = (c.to(device) for c in images.split(batch))
+    return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
+
+
+def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
+    """(training indices, indices to score): the label subset, and the test split or 20 % of the subset held out."""
+    train = images.split("train")
+    for name in ("train", "test") if config.score_on == "test" else ("train",):
+        if images.split(name).labels is None:
+            raise SidaeError(f"The {name} split of {images.display} has no labels, so nothing can be classified on it.")
+    if config.fold >= 0 and train.folds is None:
+        raise SidaeError(f"{images.display} has no predefined folds; leave fold at -1.")
+    chosen = torch.arange(len(train.labels)) if config.fold < 0 else train.folds[config.fold]
+    chosen = chosen[subset(len(chosen), fraction=config.labels, count=config.label_count, seed=config.label_seed)]
+    if len(train.labels[chosen].unique()) < 2:
+        raise SidaeError(f"The {len(chosen)} labels chosen of {images.display} are all of one class; choose more.")
+    if config.score_on == "test":
+        return chosen, torch.arange(len(images.split("test").labels))
+    held = torch.zeros(len(chosen), dtype=torch.bool)
+    held[subset(len(chosen), fraction=0.2, seed=config.label_seed + 1)] = True
+    return chosen[~held], chosen[held]
+
+
+def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callable[[Tensor, dict[str, Tensor]], Tensor],
+         backbone: Iterable[nn.Parameter] = ()) -> nn.Linear:  # fmt: skip
+    """The paper's downstream training, Sec. 4.1: SGD on the cross-entropy of one fully connected layer on what `embed`
+    makes of (indices into y, their augmentation parameters); the parameters of `backbone` move too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        fc = nn.Linear(width, classes).to(y.device)
+    groups = [{"params": list(p), "lr": lr, "base": lr}
+              for p, lr in ((fc.parameters(), config.lr), (backbone, config.backbone_lr))]  # fmt: skip
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    bounds = batches(len(y), config.batch, config.keep_last) or [(0, len(y))]
+    for epoch in range(config.fit_epochs):
+        generator = torch.Generator().manual_seed((config.seed << 32) + epoch)
+        order = torch.randperm(len(y), generator=generator).to(y.device)
+        draws, _ = augment.VIEWS[config.augment].draw(len(y), config.run.size, generator)
+        draws = {k: v.to(y.device) for k, v in draws.items()}
+        for n, (a, b) in enumerate(bounds):
+            for group in optimizer.param_groups:
+                step, steps = epoch * len(bounds) + n, config.fit_epochs * len(bounds)
+                group["lr"] = lr_at(step, steps, group["base"], config.schedule)
+            optimizer.zero_grad()
+            F.cross_entropy(fc(embed(order[a:b], {k: v[a:b] for k, v in draws.items()})), y[order[a:b]]).backward()
+            optimizer.step()
+    return fc
+
+
+def _fit_network(config: EvalConfig, net: nn.Module, images: Tensor, y: Tensor, classes: int, stats: tuple
+                 ) -> nn.Sequential:  # fmt: skip
+    """Fine-tuning; or a frozen backbone where features cannot be cached (augmented input, BatchNorm in train mode)."""
+    tuned = config.kind == "finetune"
+    net.requires_grad_(tuned).train(tuned or config.bn == "train")
+    mean, std = (torch.tensor(s, device=y.device).view(-1, 1, 1) for s in stats)
+    images, ops = images.to(y.device), augment.VIEWS[config.augment].first
+
+    def embed(rows: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        view = augment.apply(ops, images[rows], draws, mean, std)
+        return net(view.contiguous(memory_format=torch.channels_last))
+
+    fc = _fit(config, y, classes, net.out_features, embed, net.parameters() if tuned else ())
+    return nn.Sequential(net, fc).eval()
+
+
+def knn(x: Tensor, bank: Tensor, labels: Tensor, classes: int, *, k: int, tau: float) -> Tensor:
+    """Weighted kNN scores (N, classes): the k nearest by cosine vote with exp(cosine / tau) (arXiv:1805.01978).
+
+    x: (N, F).  bank: (M, F) with labels (M,). Neither need be normalised; k is cut to M. Scores are relative to the
+    nearest one's vote, which is 1, so that no tau overflows.
+    """
+    bank, out = F.normalize(bank, dim=1), []
+    for rows in F.normalize(x, dim=1).split(1000):
+        cosine, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)  # (n, k)
+        votes = torch.zeros(len(rows), classes, device=x.device)
+        out.append(votes.scatter_add_(1, labels[index], ((cosine - cosine[:, :1]) / tau).exp()))
+    return torch.cat(out)
+
+
+def _logistic(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor) -> Tensor:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=config.C, max_iter=1000))
+    return torch.from_numpy(model.fit(x.cpu().numpy(), y.cpu().numpy()).predict(test.cpu().numpy()))
+
+
+def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
+    """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows.
+
+    weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
+    """
+    check(config)
+    began, net = time.perf_counter(), networks.load(weights)
+    net.to(device, memory_format=torch.channels_last)
+    stats = (net.mean, net.std) if config.stats == "run" else (images.mean, images.std)
+    train, scored = labelled(config, images)
+    split = images.split("train" if config.score_on == "val" else "test")
+    y, y_test = images.split("train").labels[train].to(device), split.labels[scored].to(device)
+    x, x_test, classes = images.split("train").images[train], split.images[scored], len(images.classes)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    embed = lambda pixels: features(net, pixels, stats=stats, device=device)  # noqa: E731
+
+    if config.kind == "classifier":
+        if net.classifier is None or config.data:
+            raise SidaeError("kind classifier scores a supervised run's own classifier, on that run's own data set.")
+        predicted = F.linear(embed(x_test), *(t.to(device) for t in net.classifier)).argmax(1)
+    elif config.kind == "knn":
+        predicted = knn(embed(x_test), embed(x), y, classes, k=config.k, tau=config.tau).argmax(1)
+    elif config.kind == "logistic":
+        predicted = _logistic(config, embed(x), y, embed(x_test)).to(device)
+    elif config.kind == "linear" and (config.augment, config.bn) == ("none", "eval"):
+        bank = embed(x)
+        predicted = _fit(config, y, classes, net.out_features, lambda rows, _: bank[rows])(embed(x_test)).argmax(1)
+    else:
+        changes = config.kind == "finetune" or config.bn == "train"  # then it is a copy that changes
+        model = _fit_network(config, copy.deepcopy(net) if changes else net, x, y, classes, stats)
+        predicted = features(model, x_test, stats=stats, device=device).argmax(1)
+    for k, v in net.state_dict().items():  # SimSiam's sanity check: a frozen backbone is what it was
+        if not torch.equal(v, before[k]):
+            raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
+
+    confusion = torch.bincount(y_test * classes + predicted, minlength=classes**2).view(classes, classes).cpu().numpy()
+    per_class = 100 * confusion.diagonal() / np.maximum(confusion.sum(1), 1)
+    return {
+        "config": config.to_dict(), "key": config.key(), "run_key": config.run.key(), "epoch": config.epoch,
+        "kind": config.kind, "data": {"name": images.name, "display": images.display},
+        "accuracy": round(100 * (predicted == y_test).double().mean().item(), 4),
+        "per_class": [round(float(v), 4) for v in per_class], "confusion": confusion.tolist(),
+        "classes": list(images.classes), "n_train": len(y), "n_test": len(y_test),
+        "seconds": round(time.perf_counter() - began, 3), "provenance": provenance(device),
+    }  # fmt: skip

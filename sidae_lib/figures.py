@@ -1,0 +1,253 @@
+"""Records to tables, tables to figures: every chart is drawn from the CSV that is saved beside it."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from . import methods, paths, published
+from .config import RunConfig
+from .train import write
+
+# Okabe & Ito's colours, one per method in every figure; baselines are grey lines
+COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F"}
+NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
+         "untrained": "Untrained"}
+PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
+MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^"}
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
+         "legend.frameon": False, "svg.hashsalt": "sidae", "figure.dpi": 110, "savefig.dpi": 200}
+
+
+def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per evaluation record: what was trained, what was measured, accuracy in percent, and on what hardware."""
+    rows = []
+    for r in records:
+        run = RunConfig.from_dict(r["config"]["run"])
+        p = r["provenance"]
+        rows.append({
+            "data": r["data"]["name"], "display": r["data"]["display"], "method": run.method, "w": run.w,
+            "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "kind": r["kind"],
+            "labels": r["config"].get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
+            "hardware": f"{p['device']}, {p['threads']} threads", "run_key": r["run_key"],
+        })
+    return pd.DataFrame(rows)
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, n, and the standard error sd / sqrt(n) with n - 1 (empty for one seed)."""
+    by = [c for c in frame.columns if c not in ("seed", "accuracy", "run_key", "hardware")]
+    out = frame.groupby(by, sort=False).agg(
+        mean=("accuracy", "mean"), se=("accuracy", "sem"), n=("accuracy", "count"),
+        hardware=("hardware", lambda names: "; ".join(sorted(set(names)))))
+    return out.reset_index().round({"mean": 4, "se": 4})
+
+
+def beside_published(table: pd.DataFrame) -> pd.DataFrame:
+    """The last checkpoint by the SGD probe, with the paper's Table 1 where it has the same set and share of labels."""
+    last = table[(table["epoch"] == table["of"]) & table["kind"].isin(["linear", "classifier"])]
+    paper = published.table(source="Table 1", protocol="frozen, linear SGD 50 epochs")
+    paper = paper[paper.pretrain_data == paper.data][["data", "method", "labels", "value", "se"]]
+    paper = paper.rename(columns={"value": "published", "se": "published_se"})
+    return last.merge(paper, on=["data", "method", "labels"], how="left")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def save(fig: Figure, name: str, scale: str, table: pd.DataFrame, note: str = "") -> Figure:
+    """figures/<scale>/<name>.{svg,png,csv}, stamped with the scale unless it is the paper's; returns the figure."""
+    n = sorted(set(table["n"])) if "n" in table else []
+    parts = [f"{scale} scale" + ("" if scale == "paper" else ", not the paper's protocol")]
+    parts += [f"n = {n[0]} seed{'s' * (n[0] > 1)}" if len(n) == 1 else f"n = {n[0]} to {n[-1]} seeds"] if n else []
+    parts += sorted(set(table["hardware"])) if "hardware" in table else []
+    fig.text(0.995, 0.003, "; ".join([*parts, *([note] if note else [])]), ha="right", va="bottom", fontsize=6,
+             color="#7F0000" if scale != "paper" else "#444444")
+    below = 0.12 / fig.get_figheight()  # room for that line
+    fig.get_layout_engine().set(rect=(0, below, 1, 1 - below))
+    folder = paths.figures(scale)
+    write(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    for suffix, metadata in (("svg", {"Date": None}), ("png", None)):
+        with plt.rc_context(STYLE):
+            fig.savefig(content := io.BytesIO(), format=suffix, metadata=metadata)
+        write(folder / f"{name}.{suffix}", content.getvalue())
+    return fig
+
+
+def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
+    """Figures 3 and 5 from `summary`: one column per set, one row per share of labels, standard-error bands,
+    supervised and untrained as lines, the paper's end points as hollow markers at the right edge."""
+    sets, shares = list(dict.fromkeys(table["data"])), sorted(set(table["labels"]), reverse=True)
+    end = beside_published(table)
+    with plt.rc_context(STYLE):
+        fig = Figure(figsize=(2.6 * len(sets) + 0.6, 2.1 * len(shares) + 0.6), layout="constrained")
+        axes = fig.subplots(len(shares), len(sets), squeeze=False)
+        for (row, column), ax in np.ndenumerate(axes):
+            part = table[(table["data"] == sets[column]) & (table["labels"] == shares[row])]
+            for method, style in (("supervised", "--"), ("untrained", ":")):
+                for line in part[(part["method"] == method) & part["kind"].isin([kind, "classifier"])].itertuples():
+                    ax.axhline(line.mean, ls=style, color=COLOURS[method], lw=1, label=NAMES[method])
+                    if line.n > 1:
+                        ax.axhspan(line.mean - line.se, line.mean + line.se, color=COLOURS[method], alpha=0.12, lw=0)
+            for method, marker in MARKERS.items():
+                colour, name = COLOURS[method], NAMES[method]
+                line = part[(part["method"] == method) & (part["kind"] == kind)].sort_values("epoch")
+                ax.plot(line["epoch"], line["mean"], marker=marker, ms=3, lw=1.2, color=colour, label=name)
+                ax.fill_between(line["epoch"], line["mean"] - line["se"], line["mean"] + line["se"], color=colour,
+                                alpha=0.2, lw=0)
+                own = end[(end["data"] == sets[column]) & (end["labels"] == shares[row]) & (end["method"] == method)]
+                own = own.dropna(subset="published")
+                ax.errorbar(own["of"] * 1.06, own["published"], own["published_se"], fmt=marker, ms=4, mfc="none",
+                            color=colour, lw=0.8, label=f"{name}, published" if len(own) else None)
+            ax.set_title(f"{part['display'].iloc[0]}, {percent(shares[row])} of labels", wrap=True)
+            ax.set_xlabel("pre-training epochs")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            if column == 0:
+                ax.set_ylabel("test accuracy (%)")
+        handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
+        fig.legend(handles=handles.values(), loc="outside upper center", ncols=2 * len(sets) + 1, fontsize=7)
+    return fig
+
+
+def layers(config: RunConfig) -> pd.DataFrame:
+    """The paper's Figure 2 as a table: every layer of encoder, projector, predictor and decoder with its output shape,
+    in the order in which one forward pass meets them."""
+    method, rows = methods.build(config).eval(), []
+
+    def hook(name: str):
+        def note(module: torch.nn.Module, _: Any, out: torch.Tensor) -> None:
+            part, _, layer = name.partition(".")
+            count = sum(p.numel() for p in module.parameters())
+            rows.append((part, f"{layer} {type(module).__name__}", " x ".join(map(str, out.shape[1:])), count))
+        return note
+
+    for name, module in method.named_modules():
+        if name and not list(module.children()):
+            module.register_forward_hook(hook(name))
+    with torch.no_grad():
+        z = method.projector(method.backbone(torch.zeros(2, config.channels, config.size, config.size)))
+        for head in filter(None, (method.predictor, method.decoder)):
+            head(z)
+    return pd.DataFrame(rows, columns=["part", "layer", "output", "parameters"])
+
+
+def _flow(ax: plt.Axes, config: RunConfig, title: str) -> None:
+    """One architecture as boxes and arrows; every size is read from the modules."""
+    part = layers(config).groupby("part", sort=False).agg(output=("output", "last"), size=("parameters", "sum"))
+    image, z = " x ".join(map(str, (config.channels, config.size, config.size))), part.output["projector"]
+    encoder = f"encoder $f$\n{config.backbone} + projector\n{part['size'][['backbone', 'projector']].sum():,} par."
+    boxes = {"x": (1, 0, f"image $x$\n{image}", "#F0F0F0")}  # name -> x, y, text, colour
+    arrows = [("x", "x1"), ("x", "x2")]
+    for i, x in ((1, 0), (2, 2)):
+        boxes |= {f"x{i}": (x, 1, f"view $x_{i} = a_{i}(x)$\n{image}", "#F0F0F0"),
+                  f"f{i}": (x, 2.1, encoder, "#FBE3D6"),
+                  f"z{i}": (x, 3.2, f"$z_{i}$\n{z}", "#FFF7BC")}
+        arrows += [(f"x{i}", f"f{i}"), (f"f{i}", f"z{i}")]
+        if "decoder" in part.index:
+            side = -1.5 if i == 1 else 3.5
+            boxes |= {f"g{i}": (side, 3.2, f"decoder $g$\n{part['size']['decoder']:,} par.", "#D5F0E6"),
+                      f"r{i}": (side, 4.2, f"$\\hat{{x}}_{i}$\n{part.output['decoder']}", "#F0F0F0"),
+                      f"e{i}": (side, 5.2, f"MSE($\\hat{{x}}_{i}$, $x$)", "white")}
+            arrows += [(f"z{i}", f"g{i}"), (f"g{i}", f"r{i}"), (f"r{i}", f"e{i}")]
+    boxes |= {"h": (0, 4.2, f"predictor $h$\n{part['size']['predictor']:,} par.", "#D6E6F5"),
+              "p1": (0, 5.2, f"$p_1$\n{part.output['predictor']}", "#FFF7BC"),
+              "D": (1, 6.1, r"$D(p_1, \mathrm{sg}(z_2))$", "white")}
+    arrows += [("z1", "h"), ("h", "p1"), ("p1", "D")]
+    drawn = {k: ax.text(x, y, text, ha="center", va="center", fontsize=6.5,
+                        bbox={"boxstyle": "round,pad=0.35", "fc": colour, "ec": "#333333", "lw": 0.7})
+             for k, (x, y, text, colour) in boxes.items()}
+    for a, b in [*arrows, ("z2", "D")]:
+        style = {"ls": "--", "color": "#B00000"} if (a, b) == ("z2", "D") else {}
+        patches = {"patchA": drawn[a].get_bbox_patch(), "patchB": drawn[b].get_bbox_patch()}
+        ax.annotate("", boxes[b][:2], boxes[a][:2], arrowprops={"arrowstyle": "->", "lw": 0.8, **patches, **style})
+    ax.text(1.65, 4.9, "stop-gradient", color="#B00000", fontsize=6.5)
+    left, right = (-2.1, 4.1) if "decoder" in part.index else (-0.7, 2.7)
+    ax.set(xlim=(left, right), ylim=(-0.5, 6.4), title=title)
+    ax.axis("off")
+
+
+def architecture(config: RunConfig) -> Figure:
+    """The paper's Figure 1 from the code's own modules: SimSiam left, SidAE right (one side of the loss, as there)."""
+    same = ("backbone", "stem", "width", "dim", "hidden", "pred_hidden", "channels", "size")
+    simsiam = RunConfig(method="simsiam", data="", **{k: getattr(config, k) for k in same})
+    with plt.rc_context(STYLE):
+        fig = Figure(figsize=(7.6, 4), layout="constrained")
+        left, right = fig.subplots(1, 2, width_ratios=(3.4, 6.2))
+        _flow(left, simsiam, "SimSiam")
+        _flow(right, simsiam.replace(method="sidae", decoder=config.decoder), "SidAE")
+    return fig
+
+
+def structure(table: pd.DataFrame) -> Figure:
+    """The paper's Figure 2 drawn from `layers`: channels and map of every weight layer on the way through."""
+    kinds = {"Conv2d": "conv", "MaxPool2d": "pool", "Linear": "linear", "ConvTranspose2d": "transposed"}
+    kind = table["layer"].str.split().str[-1].map(kinds)
+    path = kind.notna() & ~table["layer"].str.contains("downsample")  # not the shortcuts beside the way
+    shapes = [tuple(map(int, s.split(" x "))) for s in table["output"][path]]
+    part, x = table["part"][path].to_numpy(), np.arange(len(shapes))
+    with plt.rc_context(STYLE):
+        fig = Figure(figsize=(7.2, 3), layout="constrained")
+        ax = fig.subplots()
+        for name, colour in PARTS.items():
+            own = x[part == name]
+            ax.bar(own, [shapes[k][0] for k in own], color=colour, label=name)
+        for k, s in enumerate(shapes):
+            ax.text(k, s[0] * 1.08, f"{s[1]}²" if len(s) == 3 else "1", ha="center", fontsize=6)
+        ax.set_yscale("log", base=2)
+        ax.set_xticks(x, kind[path], rotation=90, fontsize=6)
+        ax.set(ylabel="channels", title="Output of every weight layer; above each bar the size of its map")
+        fig.legend(ncols=4, loc="outside upper center")
+    return fig
+
+
+def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> Figure:
+    """Rows of normalised images (B, C, S, S), pixels brought back to [0, 1]."""
+    m, s = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+    with plt.rc_context(STYLE):
+        fig = Figure(figsize=(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)), layout="constrained")
+        axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
+        for (r, c), ax in np.ndenumerate(axes):
+            x = (rows[r][c].detach().cpu() * s + m).clamp(0, 1).permute(1, 2, 0)
+            ax.imshow(x if x.shape[2] == 3 else x[..., 0], cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            if c == 0:
+                ax.set_ylabel(labels[r], rotation=0, ha="right", va="center")
+    return fig
+
+
+def probes(table: pd.DataFrame) -> pd.DataFrame:
+    """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale."""
+    last = table[table["epoch"] == table["of"]]
+    return last.pivot_table(index=["display", "labels", "method"], columns="kind", values="mean", sort=False).round(1)
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>SidAE figures, {scale} scale</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }} img {{ max-width: 100% }}
+figure {{ margin: 0 0 2rem }} .scroll {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: 0.85rem }}
+td, th {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #ccc; text-align: right }}</style></head><body>
+<h1>SidAE figures, {scale} scale</h1><p>{intro}</p>{body}</body></html>"""
+
+
+def index(scale: str) -> Path:
+    """figures/<scale>/index.html: all figures, inlined, each with its plotted numbers."""
+    folder, body = paths.figures(scale), []
+    for png in sorted(folder.glob("*.png")):
+        rows = pd.read_csv(png.with_suffix(".csv")).drop(columns=["hardware", "n_train"], errors="ignore")
+        image = base64.b64encode(png.read_bytes()).decode()
+        title = html.escape(png.stem.replace("_", " "))
+        numbers = rows.to_html(index=False, na_rep="")
+        body.append(f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{image}"></figure><details>'
+                    f'<summary>plotted numbers</summary><div class="scroll">{numbers}</div></details>')
+    intro = "The paper's protocol." if scale == "paper" else "Below the paper's scale: trends at most."
+    write(folder / "index.html", PAGE.format(scale=html.escape(scale), intro=intro, body="\n".join(body)).encode())
+    return folder / "index.html"

@@ -1,0 +1,63 @@
+"""What every method is: a module with a loss, and five named choices (arXiv:2009.00104)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .. import networks
+from ..config import RunConfig
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The five axes of Falcon & Cho: what is done, in this order, to turn an image into a loss."""
+
+    augment: str
+    encode: str
+    extract: str
+    compare: str
+    loss: str
+
+
+class Method(nn.Module):
+    """Base of all methods: a backbone, and what a subclass adds.
+
+    axes: the five choices.  reads: RunConfig fields that only some methods read; setting any other is an error, so that
+    two keys never name the same run.  labels: whether the loss looks at labels.
+    """
+
+    axes: ClassVar[Axes]
+    reads: ClassVar[tuple[str, ...]] = ()
+    labels: ClassVar[bool] = False
+
+    def __init__(self, config: RunConfig, classes: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = networks.backbone(config)
+
+    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars with the key `loss`; and, not recorded as such, `z` (B, D), the projection whose spread is watched.
+
+        views: two (B, C, S, S), normalised.  batch: x1, x2 (B, C, S, S) clean and normalised images i and j, labels,
+        i, j (B,), and mean, std (C, 1, 1). Pure, but for what it stages for `after_step`.
+        """
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Fill queues, move momentum weights and centres from what `loss` staged; progress in [0, 1] of the run."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) normalised -> (B, F): what probes see."""
+        return self.backbone(x)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimiser groups; `fixed` marks those whose rate stays constant."""
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, p in self.named_parameters():
+            decay = self.config.decay_bias or p.ndim > 1
+            fixed = self.config.predictor_lr == "constant" and name.startswith("predictor.")
+            groups.setdefault((decay, fixed), []).append(p)
+        wd = self.config.weight_decay
+        return [{"params": ps, "lr": lr, "weight_decay": wd * decay, "fixed": fixed}
+                for (decay, fixed), ps in groups.items()]

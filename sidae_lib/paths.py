@@ -1,0 +1,32 @@
+"""Absolute paths: a notebook, papermill and nbval do not share a working directory."""
+
+import os
+from pathlib import Path
+
+_above = Path(__file__).resolve().parents[1]
+ROOT = _above if (_above / "notebooks").is_dir() else Path.cwd()  # a checkout, or where an installed copy is used
+
+
+def _folder(variable: str, default: str) -> Path:
+    value = os.environ.get(variable)
+    return Path(value).expanduser().resolve() if value else ROOT / default
+
+
+def data() -> Path:
+    """Folder of the image sets (`SIDAE_DATA`, default `data/`)."""
+    return _folder("SIDAE_DATA", "data")
+
+
+def runs() -> Path:
+    """The local store (`SIDAE_RUNS`, default `runs/`)."""
+    return _folder("SIDAE_RUNS", "runs")
+
+
+def records() -> Path:
+    """Published records, read-only for the store (`SIDAE_RECORDS`, default `records/`)."""
+    return _folder("SIDAE_RECORDS", "records")
+
+
+def figures(scale: str) -> Path:
+    """Folder of a scale's figures (`SIDAE_FIGURES`, default `figures/`)."""
+    return _folder("SIDAE_FIGURES", "figures") / scale

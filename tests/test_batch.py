@@ -1,0 +1,141 @@
+"""The batch run on small notebooks, as a process of its own in a copy of the library."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sidae_lib import paths
+from sidae_lib.batch import main
+from sidae_lib.config import SidaeError
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMETERS = 'scale: str = "smoke"\nseeds: list = [0]\ndevice: str = "auto"\nminutes: float = 0.0\n'
+
+
+def write(folder: Path, name: str, *cells: str, parameters: str = PARAMETERS) -> None:
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python",
+                                                           "display_name": "Python 3"}})
+    nb.cells = [nbformat.v4.new_code_cell(c) for c in (parameters, *cells)]
+    nb.cells[0].metadata.tags = ["parameters"]
+    nbformat.write(nb, folder / "notebooks" / f"{name}.ipynb")
+
+
+def read(folder: Path, name: str, scale: str) -> str:
+    """All that the executed notebook printed or raised."""
+    nb = nbformat.read(folder / "executed" / scale / f"{name}.ipynb", as_version=4)
+    outputs = [o for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs]
+    return "".join(o.get("text", "") + o.get("ename", "") for o in outputs)
+
+
+def batch(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SIDAE_", "JUPYTER_"))}
+    env |= {"PYTHONPATH": str(folder), "MPLBACKEND": "agg"} | environment
+    return subprocess.run([sys.executable, "-P", "-m", "sidae_lib.batch", *args], env=env, cwd=folder,
+                          capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    folder = tmp_path / "a copy"
+    shutil.copytree(ROOT / "sidae_lib", folder / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "notebooks").mkdir()
+    return folder
+
+
+def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(copy):
+    write(copy, "00_raises", "import sys", "print('noise', file=sys.stderr); 1 / 0", "print('never')")
+    write(copy, "01_dies", "import os", "os._exit(1)")
+    write(copy, "02_hangs", "import time; time.sleep(600)")
+    write(copy, "03_works", "import os, sidae_lib; from sidae_lib import paths",
+          "print(scale, seeds, device, sidae_lib.__file__, os.environ['MPLBACKEND'], os.listdir(paths.runs()))")
+    (copy / "runs" / "0123456789abcdef").mkdir(parents=True)
+    done = batch(copy, "--cell-seconds", "5")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and done.stderr == "", done.stderr
+    for line, name, result in zip(lines, ("00_raises", "01_dies", "02_hangs", "03_works"),
+                                  ("FAILED  ZeroDivisionError: division by zero", "FAILED  DeadKernelError",
+                                   "FAILED  CellTimeoutError", "ok"), strict=False):
+        assert line.startswith(name) and result in line
+    assert lines[4].startswith("1 of 4 notebooks ran") and "00_raises, 01_dies, 02_hangs" in lines[5]
+    index = copy / "figures" / "quick" / "index.html"
+    assert lines[-1] == f"Figures: {index}" and index.exists()
+    assert "ZeroDivisionError" in read(copy, "00_raises", "quick") and "never" not in read(copy, "00_raises", "quick")
+    shown = read(copy, "03_works", "quick")
+    assert shown.startswith("quick [] auto ")  # []: the scale's own seeds
+    assert str(copy / "sidae_lib") in shown and "inline" in shown and "0123456789abcdef" in shown
+    html = [(copy / "executed" / "quick" / f"{n}.html").read_text() for n in ("00_raises", "03_works")]
+    assert "ZeroDivisionError" in html[0] and str(copy) in html[1]
+
+
+def test_every_parameter_arrives(copy, tmp_path):
+    show = ("import os, sys; print(scale, seeds, device, minutes > 1, extra, sys.executable)",
+            "print(os.environ['SIDAE_DATA'], os.environ['SIDAE_DOWNLOAD'], os.getcwd())")
+    write(copy, "00_show", *show, parameters=PARAMETERS + "extra: list = []\n")
+    write(copy, "01_w_sweep", "print(scale, seeds)")
+    (copy / "images").mkdir()
+    other = tmp_path / "jupyter" / "kernels" / "python3"  # another interpreter that calls itself python3
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "", "language": "python"}')
+    done = batch(copy, "--scale", "laptop", "--data", "images", "--device", "cpu", "--seeds", "3", "--minutes", "9",
+                 "--download", "-p", "extra", "['x', 1]", JUPYTER_PATH=str(tmp_path / "jupyter"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read(copy, "00_show", "laptop") == (f"laptop [0, 1, 2] cpu True ['x', 1] {sys.executable}\n"
+                                               f"{copy / 'images'} 1 {copy / 'notebooks'}\n")
+    assert read(copy, "01_w_sweep", "laptop") == "laptop [0, 1, 2]\n"
+    assert batch(copy, "--scale", "smoke", "--only", "w_sweep").returncode == 0
+    assert read(copy, "01_w_sweep", "smoke") == "smoke [0]\n"  # the notebook's own default
+    assert not (copy / "executed" / "smoke" / "00_show.ipynb").exists()
+
+
+def test_fresh_hides_the_records_and_deletes_nothing(copy):
+    write(copy, "00_show", "from sidae_lib import paths",
+          "for folder in (paths.runs(), paths.records()): print(folder.is_dir(), list(folder.iterdir()), folder)")
+    recorded = [copy / name / "0123456789abcdef" / "record.json" for name in ("runs", "records")]
+    for record in recorded:
+        record.parent.mkdir(parents=True)
+        record.write_text("{}")
+    assert batch(copy, "--fresh").returncode == 0
+    shown = read(copy, "00_show", "quick")
+    assert shown.count("True []") == 2 and f"{copy / 'runs' / 'fresh-'}" in shown
+    assert all(record.read_text() == "{}" for record in recorded)
+
+
+def test_refuses_before_anything_runs(copy, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", copy)
+
+    def refused(words: str, *args: str) -> None:
+        with pytest.raises(SidaeError) as e:
+            main(args)
+        assert "\n" not in str(e.value) and all(word in str(e.value) for word in words.split()), e.value
+
+    refused("notebooks checkout")
+    write(copy, "00_first", parameters=PARAMETERS + "datasets: list = []\n")
+    write(copy, "01_second")
+    refused("huge smoke paper", "--scale", "huge")
+    refused("tpu cuda", "--device", "tpu")
+    refused("99 00_first 01_second", "--only", "00,99")
+    refused("dataset datasets minutes", "-p", "dataset", "mnist")
+    refused("--seeds 0", "--seeds", "0")
+    refused("--minutes", "--minutes", "0")
+    refused("nowhere", "--data", "nowhere")
+    refused("--no-such-option", "--no-such-option")
+    write(copy, "02_third", parameters='scale: str = "smoke"\ndevice: str = "auto"\n')
+    refused("02_third seeds")
+    (copy / "notebooks" / "02_third.ipynb").unlink()
+    assert sorted(p.name for p in copy.iterdir()) == ["notebooks", "sidae_lib"]  # nothing was written
+    (copy / "executed").write_text("a file where the folder should be")
+    refused("executed")
+    (copy / "executed").unlink()
+    (copy / "figures").write_text("a file where the folder should be")
+    refused("figures")
+    assert [p.name for p in (copy / "executed").rglob("*")] == ["quick"]
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(copy):
+    done = batch(copy, "--scale", "huge")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "huge" in done.stderr

@@ -1,0 +1,241 @@
+"""The environment: its three descriptions agree, and run_all.sh makes it whole or says why not."""
+
+import fcntl
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from sidae_lib import batch, experiments
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+CORE = "config paths data augment networks losses methods pairs train evaluate runs".split()
+
+in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+
+
+def pins() -> list[tuple[Requirement, int]]:
+    """Each pin of the lock and its number of hashes."""
+    entries = re.sub(r"^#.*\n", "", LOCK, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [(Requirement(e.split("--hash")[0]), e.count("--hash=sha256:")) for e in entries if e.strip()]
+
+
+def test_lock_admits_every_dependency():
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = PROJECT["project"]["dependencies"] + extras["notebooks"] + extras["test"] + extras["cluster"]
+    for wanted in map(Requirement, needed + PROJECT["build-system"]["requires"]):
+        found = [pin for pin, _ in pins() if pin.name == wanted.name]
+        assert found, f"{wanted.name} is not in requirements.lock"
+        for pin in found:  # one for each range of Python versions
+            (version,) = (s.version for s in pin.specifier if s.operator == "==")
+            assert version in wanted.specifier, f"{pin} is outside of {wanted}"
+
+
+def test_lock_has_hashes_and_no_address():
+    assert len(pins()) > 100 and all(hashes for _, hashes in pins())
+    assert "://" not in LOCK and "--index" not in LOCK and "--find-links" not in LOCK
+
+
+def test_conda_door_leads_to_the_lock():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (python,) = (d.partition("=")[2] for d in conda if isinstance(d, str) and d.startswith("python="))
+    assert python in SpecifierSet(PROJECT["project"]["requires-python"])
+    assert "pip" in conda and conda[-1] == {"pip": ["--require-hashes", "-r requirements.lock"]}
+
+
+@in_git
+def test_tracked_tree_is_small():
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in names.split("\0") if name]
+    assert sum(f.stat().st_size for f in files if f.exists()) < 8 * 2**20
+
+
+# --- run_all.sh ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripts(tmp_path: Path) -> Path:
+    """What run_all.sh needs to make an environment, in a folder with a space in its name."""
+    folder = tmp_path / "a copy"
+    folder.mkdir()
+    for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """No active environment, and an index, first in PATH `shims`, that does not answer."""
+    hidden = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "SIDAE_", "PIP_", "UV_")
+    (tmp_path / "shims").mkdir()
+    return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
+        "PATH": f"{tmp_path / 'shims'}{os.pathsep}{os.environ['PATH']}", "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+
+
+def shim(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def run_all(folder: Path, *args: str, env: dict[str, str], **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([str(folder / "run_all.sh"), *args], env=env, cwd="/", stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, **kwargs)
+
+
+def refused(done: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
+    assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_help_names_every_option_and_scale(bare):
+    script = (ROOT / "run_all.sh").read_text()
+    branches = re.findall(r"^ +([\w| -]+)\)", script.split("run_notebooks() {")[1], flags=re.MULTILINE)
+    parsed = {word for branch in branches for word in branch.split(" | ")}
+    assert {"--only", "--data", "--device", "--seeds", "--minutes", "--download", "--fresh", "-p", "lab"} <= parsed
+    assert set(experiments.SCALES) == set(batch.SCALES) == parsed & {*experiments.SCALES, *batch.SCALES}
+    done = run_all(ROOT, "--help", env=bare)
+    assert done.returncode == 0 and [word for word in parsed if word not in done.stdout] == []
+
+
+def test_a_mistyped_call_makes_nothing(scripts, bare):
+    before = sorted(scripts.iterdir())
+    refused(run_all(scripts, "hugh", env=bare), "hugh", "--help", code=2)
+    refused(run_all(scripts, "smoke", "--olny", "01", env=bare), "--olny", code=2)
+    refused(run_all(scripts, "--seeds", env=bare), "--seeds", code=2)
+    assert sorted(scripts.iterdir()) == before
+
+
+def test_python_too_old(scripts, bare, tmp_path):
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        shim(tmp_path / "shims", name, '[ "$1" = --version ] && echo "Python 3.9.18" && exit; exit 1')
+    done = run_all(scripts, env=bare)
+    refused(done, "3.11 or newer", "is Python 3.9.18")
+    assert not (scripts / ".venv").exists()
+
+
+def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path):
+    shim(tmp_path / "shims", "python3", "exit 1")  # too old again, but a newer one stands beside it
+    shim(tmp_path / "shims", "python3.12", f'exec "{sys.executable}" "$@"')
+    for _ in range(2):  # the second call does not take what the first left for an environment
+        done = run_all(scripts, env=bare)
+        refused(done, "no network", str(scripts / ".venv" / "make.log"))
+    assert "uv" in (scripts / ".venv" / "make.log").read_text()
+    assert not (scripts / ".venv" / "stamp").exists()
+
+
+def test_a_second_call_waits_for_the_first(scripts, bare):
+    with (scripts / ".venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(subprocess.TimeoutExpired):
+            run_all(scripts, env=bare, timeout=2)
+        assert not (scripts / ".venv").exists()
+    refused(run_all(scripts, env=bare), "no network")  # now it is its turn
+
+
+def test_an_active_environment_is_used(scripts, bare):
+    shutil.copytree(ROOT / "sidae_lib", scripts / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    (scripts / "notebooks").mkdir()
+    done = run_all(scripts, env=bare | {"VIRTUAL_ENV": sys.prefix})
+    refused(done, f"no notebook in {scripts / 'notebooks'}", code=2)  # got there, with this folder's own package
+    assert not (scripts / ".venv").exists()
+    done = run_all(scripts, env=bare | {"VIRTUAL_ENV": str(scripts)})  # active, but without the package
+    refused(done, "no network")
+
+
+@pytest.fixture
+def suite(scripts, bare) -> tuple[Path, dict[str, str]]:
+    """A project of one good test, one slow bad one and one good notebook, and an environment that runs it."""
+    (scripts / "tests").mkdir()
+    (scripts / "notebooks").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", scripts / "tests")
+    (scripts / "tests" / "test_a.py").write_text(
+        "import pytest\n\ndef test_good(): pass\n\n@pytest.mark.slow\ndef test_bad(): assert 0\n")
+    notebook(scripts, "import os, sidae_lib; from sidae_lib import paths",
+             "assert not paths.runs().exists() and not paths.records().exists()",
+             "assert 'inline' in __import__('matplotlib').get_backend()")
+    return scripts, bare | {"VIRTUAL_ENV": sys.prefix, "MPLBACKEND": "agg"}
+
+
+def notebook(folder: Path, *cells: str) -> None:
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbformat.write(nb, folder / "notebooks" / "00_a.ipynb")
+
+
+@pytest.mark.slow
+def test_test_fails_when_a_test_or_a_notebook_does(suite):
+    folder, env = suite
+    good = run_all(folder, "test", env=env)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "1 passed, 1 deselected" in good.stdout and "3 passed" in good.stdout
+    bad = run_all(folder, "test", "--all", env=env)
+    assert bad.returncode == 1 and "1 failed, 1 passed" in bad.stdout and "3 passed" in bad.stdout
+    assert bad.stdout.count("slowest 15 durations") == 2
+    notebook(folder, "1 / 0")
+    bad = run_all(folder, "test", env=env)
+    assert bad.returncode == 1 and "1 passed, 1 deselected" in bad.stdout and "1 failed" in bad.stdout
+    narrowed = run_all(folder, "test", "tests/test_a.py", "-k", "good", env=env)
+    assert narrowed.returncode == 0 and "1 passed" in narrowed.stdout and "notebooks" not in narrowed.stdout
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="no timeout(1) here")
+def test_test_fails_after_an_hour(suite, tmp_path):
+    folder, env = suite
+    (folder / "tests" / "test_a.py").write_text("import time\n\ndef test_endless(): time.sleep(600)\n")
+    shim(tmp_path / "shims", "timeout",  # the hour passes in five seconds
+         f'echo "limit $6"; shift 6; exec {shutil.which("timeout")} --foreground -s INT -k 30 5 "$@"')
+    done = run_all(folder, "test", env=env)
+    assert done.returncode == 1 and "more than 60 minutes" in done.stderr.splitlines()[-1]
+    assert 3500 < int(re.search(r"limit (\d+)", done.stdout)[1]) <= 3600
+
+
+@in_git
+@pytest.mark.slow
+def test_two_commands_on_a_fresh_clone(tmp_path):
+    if not list((ROOT / "notebooks").glob("00_*.ipynb")):
+        pytest.skip("no notebook 00 yet")
+    clone = tmp_path / "a fresh clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "CONDA_", "PYTHONPATH", "SIDAE_"))}
+    for _ in range(2):
+        done = run_all(clone, "smoke", "--only", "00", env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (clone / "executed" / "smoke" / "00_sidae_step_by_step.html").exists()
+    assert "Making the environment" not in done.stdout
+    assert list((clone / "figures" / "smoke").glob("*.svg"))
+
+
+# --- what an import costs --------------------------------------------------------------------------------------------
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_library_needs_no_jupyter():
+    absent = "import sys; sys.modules.update(dict.fromkeys(['IPython', 'papermill', 'nbformat']))"
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "sidae_lib").rglob("*.py")]
+    assert "sidae_lib.batch" in modules
+    listed = python(f"{absent}; import runpy, {', '.join(m for m in modules if m != 'sidae_lib.batch')}; "
+                    "sys.argv = ['sidae', 'list', '--scale', 'smoke']; "
+                    "runpy.run_module('sidae_lib', run_name='__main__')")
+    assert "accuracy_vs_epochs" in listed
+
+
+@pytest.mark.slow
+def test_import_is_quick():
+    core = ", ".join(f"sidae_lib.{m}" for m in CORE if list((ROOT / "sidae_lib").glob(f"{m}*")))
+    code = f"import time, torch, torchvision; t = time.perf_counter(); import {core}; print(time.perf_counter() - t)"
+    assert statistics.median(float(python(code)) for _ in range(3)) < 0.3

@@ -1,0 +1,399 @@
+"""Evaluations against slow loops typed here, on a tiny set and a backbone that the library trained and saved."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest import approx
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from sidae_lib import evaluate, networks, train
+from sidae_lib.config import EvalConfig, RunConfig, SidaeError
+from sidae_lib.data import Images, Split, subset
+
+CPU = torch.device("cpu")
+COLOURS = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
+RUN = RunConfig(method="simsiam", data="colours", backbone="small_cnn", size=8, dim=16, hidden=16, pred_hidden=4,
+                batch=20, epochs=3, augment="none")  # fmt: skip
+SUPERVISED = RunConfig(method="supervised", data="colours", backbone="small_cnn", size=8, batch=20, epochs=3,
+                       augment="none")  # fmt: skip
+
+
+def images_of(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (n,), generator=g)
+    noise = torch.randint(-40, 41, (n, 3, 8, 8), generator=g) + torch.randint(-60, 61, (n, 3, 1, 1), generator=g)
+    return Split((COLOURS[labels][..., None, None] + noise).clamp(0, 255).to(torch.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    splits = {"train": images_of(97, 0), "test": images_of(50, 1)}
+    x = splits["train"].images / 255
+    stats = (tuple(f(x, (0, 2, 3)).tolist()) for f in (torch.mean, torch.std))
+    return Images("colours", "Colours", "colours", ("red", "green", "blue"), *stats, splits)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory) -> dict[RunConfig, Path]:
+    out = {}
+    for run in (RUN, SUPERVISED):
+        folder = tmp_path_factory.mktemp("run")
+        train.pretrain(run, images, folder, device=CPU, log=lambda text: None)
+        out[run] = folder / "backbone-e003.safetensors"
+    return out
+
+
+@pytest.fixture(scope="module")
+def weights(trained) -> Path:
+    return trained[RUN]
+
+
+def config(**changes):
+    return EvalConfig(**{"run": RUN, "fit_epochs": 4, "batch": 16, **changes})
+
+
+def measure(images, weights, **changes):
+    return evaluate.evaluate(config(**changes), images, weights, device=CPU)
+
+
+def embedded(net, x, mean, std):
+    """Features image by image."""
+    mean, std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        return torch.cat([net.eval()(((one / 255 - mean) / std)[None]) for one in x])
+
+
+def batches_of(c, n, epoch):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed((c.seed << 32) + epoch))
+    parts = list(order.split(c.batch))
+    if len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def first_layer(c, width):
+    torch.manual_seed(c.seed)
+    return nn.Linear(width, 3)
+
+
+def slow_probe(c, x, y):
+    """Softmax regression by SGD with momentum, its gradient by hand."""
+    fc = first_layer(c, x.shape[1])
+    parameters, step = [fc.weight.detach().clone(), fc.bias.detach().clone()], 0
+    velocity = [torch.zeros_like(p) for p in parameters]
+    steps = c.fit_epochs * len(batches_of(c, len(y), 0))
+    for epoch in range(c.fit_epochs):
+        for rows in batches_of(c, len(y), epoch):
+            error = (x[rows] @ parameters[0].T + parameters[1]).softmax(1) - F.one_hot(y[rows], 3)
+            gradient = [error.T @ x[rows] / len(rows), error.mean(0)]
+            lr = c.lr if c.schedule == "constant" else c.lr * (1 + math.cos(math.pi * step / steps)) / 2
+            for p, v, g in zip(parameters, velocity, gradient, strict=True):
+                v.mul_(c.momentum).add_(g + c.weight_decay * p)
+                p.sub_(lr * v)
+            step += 1
+    return parameters
+
+
+def counted(predicted, y):
+    confusion = [[0] * 3 for _ in range(3)]
+    for p, t in zip(predicted.tolist(), y.tolist(), strict=True):
+        confusion[t][p] += 1
+    return confusion
+
+
+# --- linear probe ---------------------------------------------------------------------------------------------------
+
+
+RECIPES = [{}, {"schedule": "cosine", "weight_decay": 0.01, "momentum": 0.5, "batch": 32, "seed": 3},
+           {"stats": "data"}, {"labels": 0.4, "label_seed": 2, "lr": 0.5}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", RECIPES, ids=str)
+def test_linear_probe_is_a_slow_loop(changes, images, weights):
+    images = replace(images, mean=(0.3, 0.4, 0.5), std=(0.1, 0.2, 0.3))  # not the run's
+    c, net = config(**changes), networks.load(weights)
+    stats = (images.mean, images.std) if c.stats == "data" else (net.mean, net.std)
+    x, y, test = images.split("train").images, images.split("train").labels, images.split("test")
+    rows = subset(97, fraction=c.labels, seed=c.label_seed)
+    weight, bias = slow_probe(c, embedded(net, x[rows], *stats), y[rows])
+    predicted = (embedded(net, test.images, *stats) @ weight.T + bias).argmax(1)
+    record = measure(images, weights, **changes)
+    assert record["confusion"] == counted(predicted, test.labels)
+    fc = evaluate._fit(c, y[rows], 3, net.out_features, lambda r, _: embedded(net, x[rows][r], *stats))
+    assert torch.allclose(fc.weight, weight, atol=1e-5) and torch.allclose(fc.bias, bias, atol=1e-5)
+
+
+def test_uncached_features_give_the_same_probe(images, weights):
+    c, net, train_set, test = config(), networks.load(weights), images.split("train"), images.split("test")
+    stats = net.mean, net.std
+    x = embedded(net, train_set.images, *stats)
+    cached = evaluate._fit(c, train_set.labels, 3, net.out_features, lambda rows, _: x[rows])
+    uncached = evaluate._fit_network(c, net, train_set.images, train_set.labels, 3, stats)
+    assert torch.allclose(uncached[1].weight, cached.weight, atol=1e-5)
+    assert torch.allclose(uncached[1].bias, cached.bias, atol=1e-5)
+    predicted = evaluate.features(uncached, test.images, stats=stats, device=CPU).argmax(1)
+    assert counted(predicted, test.labels) == measure(images, weights)["confusion"]
+
+
+def test_features_are_those_of_a_loop_whatever_the_batch(images, weights):
+    net, x = networks.load(weights), images.split("test").images
+    for batch in (1, 7, 1000):
+        out = evaluate.features(net, x, stats=(net.mean, net.std), device=CPU, batch=batch)
+        assert torch.allclose(out, embedded(net, x, net.mean, net.std), atol=1e-6) and not out.requires_grad
+
+
+@pytest.mark.parametrize(("n", "keep_last", "sizes"), [
+    (500, True, [256, 244]), (500, False, [256]), (512, True, [256, 256]), (257, True, [257]), (513, True, [256, 257]),
+    (100, True, [100]), (100, False, [100]), (600, False, [256, 256]),
+])  # fmt: skip
+def test_number_of_steps(n, keep_last, sizes):
+    """500 images at batch 256, 50 epochs: 100 steps with the last batch and 50 without."""
+    seen, x, y = [], torch.zeros(n, 2), torch.arange(n) % 3
+
+    def embed(rows, draws):
+        seen.append(rows)
+        return x[rows]
+
+    evaluate._fit(EvalConfig(run=RUN, keep_last=keep_last), y, 3, 2, embed)
+    assert [len(rows) for rows in seen] == sizes * 50
+    first = torch.cat(seen[: len(sizes)])
+    assert len(set(first.tolist())) == len(first) == sum(sizes)  # an image once an epoch at most
+    assert not torch.equal(first, torch.cat(seen[len(sizes) : 2 * len(sizes)]))
+
+
+def test_a_tail_of_one_joins_the_batch_before():
+    assert train.batches(9, 4, True) == [(0, 4), (4, 9)] and train.batches(9, 4, False) == [(0, 4), (4, 8)]
+    assert train.batches(10, 4, True) == [(0, 4), (4, 8), (8, 10)] and train.batches(1, 4, True) == [(0, 1)]
+
+
+# --- kNN and logistic regression ------------------------------------------------------------------------------------
+
+
+def slow_knn(x, bank, labels, k, tau):
+    out = torch.zeros(len(x), 3)
+    for i, q in enumerate(x):
+        cosines = sorted(((torch.dot(q, b) / q.norm() / b.norm()).item(), c.item())
+                         for b, c in zip(bank, labels, strict=True))[::-1]  # fmt: skip
+        for cosine, c in cosines[:k]:
+            out[i, c] += math.exp(cosine / tau)
+    return out / out.sum(1, keepdim=True)
+
+
+def test_knn_of_hand_placed_points():
+    degrees = torch.tensor([0.0, 20.0, 24.0, 180.0, 176.0]).deg2rad()
+    bank = torch.stack([degrees.cos(), degrees.sin()], 1) * torch.tensor([1.0, 9.0, 0.1, 3.0, 2.0])[:, None]
+    labels, x = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([[5.0, 0.0], [-0.01, 0.0]])
+
+    def vote(k, tau):
+        return evaluate.knn(x, bank, labels, 3, k=k, tau=tau).argmax(1).tolist()
+
+    assert vote(1, 0.1) == [0, 2]  # the nearest alone; lengths do not count
+    assert vote(3, 10) == [1, 2]  # a majority
+    assert vote(3, 0.01) == vote(99, 0.0005) == [0, 2]  # a low temperature: the nearest again
+    scores = evaluate.knn(x, bank, labels, 3, k=99, tau=0.0005)
+    assert scores.isfinite().all() and (scores.max(1).values >= 1).all()
+
+
+@pytest.mark.parametrize(("k", "tau"), [(1, 0.1), (7, 0.1), (30, 0.5), (500, 0.05)])
+def test_knn_is_a_loop(k, tau):
+    g = torch.Generator().manual_seed(0)
+    x, bank = torch.randn(20, 5, generator=g), torch.randn(30, 5, generator=g)
+    labels = torch.randint(0, 3, (30,), generator=g)
+    scores = evaluate.knn(x, bank, labels, 3, k=k, tau=tau)
+    assert torch.allclose(scores / scores.sum(1, keepdim=True), slow_knn(x, bank, labels, k, tau), atol=1e-5)
+
+
+def test_knn_and_logistic_records(images, weights):
+    net, train_set, test = networks.load(weights), images.split("train"), images.split("test")
+    x, x_test = (embedded(net, s.images, net.mean, net.std) for s in (train_set, test))
+    predicted = slow_knn(x_test, x, train_set.labels, 5, 0.2).argmax(1)
+    assert measure(images, weights, kind="knn", k=5, tau=0.2)["confusion"] == counted(predicted, test.labels)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    predicted = model.fit(x.numpy(), train_set.labels.numpy()).predict(x_test.numpy())
+    assert measure(images, weights, kind="logistic", C=0.01)["confusion"] == counted(predicted, test.labels)
+
+
+# --- fine-tuning and the supervised classifier ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone_lr": 0.02, "lr": 0.1, "schedule": "cosine"}], ids=str)
+def test_fine_tuning_is_a_plain_loop(changes, images, weights):
+    c, train_set = config(kind="finetune", fit_epochs=2, **changes), images.split("train")
+    net, y = networks.load(weights), train_set.labels
+    stats, mine = (net.mean, net.std), copy.deepcopy(net).train()
+    fc = first_layer(c, net.out_features)
+    optimizer = torch.optim.SGD([{"params": fc.parameters()}, {"params": mine.parameters(), "lr": c.backbone_lr}],
+                                lr=c.lr, momentum=c.momentum)  # fmt: skip
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, c.fit_epochs * len(batches_of(c, len(y), 0)))
+    mean, std = (torch.tensor(s)[:, None, None] for s in stats)
+    for epoch in range(c.fit_epochs):
+        for rows in batches_of(c, len(y), epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(fc(mine((train_set.images[rows] / 255 - mean) / std)), y[rows]).backward()
+            optimizer.step()
+            if c.schedule == "cosine":
+                decay.step()
+    tuned = evaluate._fit_network(c, net, train_set.images, y, 3, stats)
+    for (k, a), b in zip(tuned.state_dict().items(), nn.Sequential(mine, fc).state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), k
+    assert not tuned.training
+
+
+@pytest.mark.parametrize("changes", [{"kind": "finetune"}, {"bn": "train"}, {"augment": "simsiam_cifar"}, {}], ids=str)
+def test_the_backbone_stays_what_it_was(changes, images, weights, monkeypatch):
+    loaded, load, before = [], networks.load, weights.read_bytes()
+    monkeypatch.setattr(networks, "load", lambda path: loaded.append(load(path)) or loaded[-1])
+    record = measure(images, weights, **changes)
+    assert record["n_train"] == 97 and weights.read_bytes() == before
+    for k, v in load(weights).state_dict().items():
+        assert torch.equal(loaded[0].state_dict()[k], v), k
+
+
+def test_a_changed_backbone_is_caught(images, weights, monkeypatch):
+    load = networks.load
+    monkeypatch.setattr(networks, "load", lambda path: load(path).train())  # BatchNorm moves: the mistake it guards
+    with pytest.raises(SidaeError, match="^The evaluation changed the frozen backbone's .*\\.$"):
+        measure(images, weights, kind="knn")
+
+
+def test_fine_tuning_moves_weights_a_frozen_probe_none_and_bn_train_the_statistics(images, weights):
+    def moved(**changes):
+        net, split = networks.load(weights), images.split("train")
+        model = evaluate._fit_network(config(**changes), net, split.images, split.labels, 3, (net.mean, net.std))
+        old = networks.load(weights).state_dict()
+        return {k.split(".")[-1] for k, v in model[0].state_dict().items() if not torch.equal(v, old[k])}
+
+    statistics = {"running_mean", "running_var", "num_batches_tracked"}
+    assert moved() == moved(augment="simsiam_cifar") == set()
+    assert moved(bn="train") == moved(kind="finetune", backbone_lr=0) == statistics
+    assert moved(kind="finetune") == statistics | {"weight", "bias"}
+
+
+def test_augmented_probe_draws_anew_each_epoch(images, weights):
+    plain, augmented = measure(images, weights, lr=0.5), measure(images, weights, lr=0.5, augment="simsiam_cifar")
+    assert augmented["confusion"] != plain["confusion"]
+    again = measure(images, weights, lr=0.5, augment="simsiam_cifar")
+    assert again["confusion"] == augmented["confusion"]
+    seen = []
+    split = images.split("train")
+    evaluate._fit(config(augment="simsiam_cifar", fit_epochs=2, batch=97), split.labels, 3, 1,
+                  lambda rows, draws: seen.append(draws["crop"]) or torch.zeros(len(rows), 1))  # fmt: skip
+    assert len(seen) == 2 and not torch.equal(*seen)
+
+
+def test_classifier_scores_the_runs_own_layer(images, trained):
+    net, test = networks.load(trained[SUPERVISED]), images.split("test")
+    weight, bias = net.classifier
+    predicted = (embedded(net, test.images, net.mean, net.std) @ weight.T + bias).argmax(1)
+    record = measure(images, trained[SUPERVISED], run=SUPERVISED, kind="classifier")
+    assert record["confusion"] == counted(predicted, test.labels)
+    for weights, changes in ((trained[RUN], {}), (trained[SUPERVISED], {"run": SUPERVISED, "data": "another"})):
+        with pytest.raises(SidaeError, match="^kind classifier scores a supervised run's own classifier, .*\\.$"):
+            measure(images, weights, kind="classifier", **changes)
+
+
+# --- which images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "n"), [({}, 97), ({"labels": 0.5}, 48), ({"label_count": 30}, 30)])
+def test_validation_holds_out_a_fifth_of_the_chosen_labels(changes, n, images):
+    chosen, scored = evaluate.labelled(config(**changes), images)
+    assert len(chosen) == n and torch.equal(scored, torch.arange(50))
+    fit, held = evaluate.labelled(config(score_on="val", **changes), images)
+    assert len(held) == round(0.2 * n) and sorted([*fit.tolist(), *held.tolist()]) == chosen.tolist()
+
+
+def test_validation_never_looks_at_the_test_split(images, weights):
+    kinds = ("linear", "knn", "logistic", "finetune")
+    honest = [measure(images, weights, kind=k, score_on="val") for k in kinds]
+    garbage = replace(images, splits=images.splits | {"test": replace(images_of(50, 9), labels=torch.zeros(50).long())})
+    for other in (garbage, replace(images, splits={"train": images.split("train")})):
+        for k, record in zip(kinds, honest, strict=True):
+            again = measure(other, weights, kind=k, score_on="val")
+            assert again["confusion"] == record["confusion"] and again["n_test"] == 19 and again["n_train"] == 78
+
+
+def test_label_subsets_do_not_depend_on_the_run(images):
+    other = RunConfig(method="dae", data="colours", seed=5)
+    a, b = (evaluate.labelled(EvalConfig(run=r, labels=0.3), images)[0] for r in (RUN, other))
+    assert torch.equal(a, b) and torch.equal(a, subset(97, fraction=0.3))
+    assert not torch.equal(a, evaluate.labelled(EvalConfig(run=RUN, labels=0.3, label_seed=1), images)[0])
+
+
+def test_folds(images):
+    split, folds = images.split("train"), torch.arange(90).view(10, 9)
+    stl = replace(images, splits=images.splits | {"train": replace(split, folds=folds)})
+    assert torch.equal(evaluate.labelled(config(fold=3), stl)[0], folds[3])
+    assert len(evaluate.labelled(config(), stl)[0]) == 97
+    assert set(evaluate.labelled(config(fold=3, label_count=5), stl)[0].tolist()) < set(folds[3].tolist())
+    with pytest.raises(SidaeError, match="no predefined folds"):
+        evaluate.labelled(config(fold=3), images)
+
+
+# --- records and errors ---------------------------------------------------------------------------------------------
+
+
+def test_record(images, weights):
+    c = config(labels=0.5)
+    record = evaluate.evaluate(c, images, weights, device=CPU)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["key"] == c.key() and record["run_key"] == RUN.key() and EvalConfig.from_dict(record["config"]) == c
+    confusion, labels = np.array(record["confusion"]), images.split("test").labels
+    assert confusion.sum(1).tolist() == labels.bincount().tolist()  # rows are the true classes
+    assert record["accuracy"] == approx(100 * confusion.trace() / 50, abs=1e-4)
+    assert record["per_class"] == approx((100 * confusion.diagonal() / confusion.sum(1)).tolist(), abs=1e-4)
+    assert (record["n_train"], record["n_test"], record["epoch"], record["kind"]) == (48, 50, 3, "linear")
+    assert record["classes"] == ["red", "green", "blue"] and record["data"]["display"] == "Colours"
+
+
+def test_colours_are_told_apart(images, weights):
+    for kind in ("linear", "knn", "logistic", "finetune"):
+        assert measure(images, weights, kind=kind, fit_epochs=50, lr=0.5, k=5)["accuracy"] > 90, kind
+
+
+def test_a_class_that_the_test_split_lacks_counts_as_zero(images, weights):
+    test = images.split("test")
+    red = Split(test.images[test.labels < 2], test.labels[test.labels < 2])
+    record = measure(replace(images, splits=images.splits | {"test": red}), weights, kind="knn")
+    assert record["confusion"][2] == [0, 0, 0] and record["per_class"][2] == 0
+
+
+def unlabelled(images, name):
+    return replace(images, splits=images.splits | {name: replace(images.split(name), labels=None)})
+
+
+def one_class(images):
+    return replace(images, splits=images.splits | {"train": replace(images.split("train"), labels=torch.ones(97).long())})
+
+
+BAD = {
+    "kind": ({"kind": "svm"}, lambda i: i, "Unknown kind 'svm'; choose from linear, logistic, knn"),
+    "augment": ({"augment": "fog"}, lambda i: i, "Unknown augmentation 'fog'"),
+    "no image": ({"labels": 0.005}, lambda i: i, "leaves none"),
+    "too many": ({"label_count": 98}, lambda i: i, "Cannot draw 98 of 97"),
+    "one image": ({"label_count": 1}, lambda i: i, "all of one class"),
+    "one class": ({}, one_class, "The 97 labels chosen of Colours are all of one class"),
+    "no train labels": ({}, lambda i: unlabelled(i, "train"), "The train split of Colours has no labels"),
+    "no test labels": ({}, lambda i: unlabelled(i, "test"), "The test split of Colours has no labels"),
+    "no test split": ({}, lambda i: replace(i, splits={"train": i.split("train")}), "no split 'test'"),
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic", "knn", "finetune"])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(name, kind, images, weights):
+    changes, change, text = BAD[name]
+    with pytest.raises(SidaeError) as error:
+        measure(change(images), weights, **{"kind": kind, **changes})
+    message = str(error.value)
+    assert text in message and "\n" not in message and message.endswith(".")

@@ -1,0 +1,251 @@
+"""Networks: parameter counts of the papers, shapes, torchvision's own resnet18, and what a file on disk may do."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from pytest import approx
+from safetensors.torch import save_file
+from torch import nn
+
+from sidae_lib import networks
+from sidae_lib.config import RunConfig, SidaeError
+from sidae_lib.networks import Decoder, ResNet, SmallCNN, predictor, projector, z_std
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def map_of(net, layer, x):
+    shapes = []
+    layer.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape[1:])))
+    net.eval()(x)
+    return shapes[0]
+
+
+# --- counts and shapes ----------------------------------------------------------------------------------------------
+
+
+def test_resnet18_has_torchvisions_parameters():
+    with torch.device("meta"):
+        assert count(ResNet()) == 11_176_512 == count(torchvision.models.resnet18()) - 513 * 1000
+        assert count(ResNet(stem="cifar")) == 11_176_512 - 64 * 3 * (7 * 7 - 3 * 3)
+        assert count(ResNet(channels=1)) == 11_176_512 - 64 * 2 * 7 * 7
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_narrow_widths_scale_every_stage(width):
+    with torch.device("meta"):
+        narrow, wide = ResNet(width=width).state_dict(), ResNet().state_dict()
+    assert narrow.keys() == wide.keys()
+    for k, v in narrow.items():
+        scaled = [n if k == "conv1.weight" and d or d > 1 else n * width // 64 for d, n in enumerate(wide[k].shape)]
+        assert list(v.shape) == scaled, k
+    net = ResNet(width=width)
+    assert net(noise(2, 3, 32, 32)).shape == (2, net.out_features) == (2, 8 * width)
+
+
+def test_last_map_is_1x1_with_the_imagenet_stem_and_4x4_with_the_cifar_stem():
+    for stem, side in (("imagenet", 1), ("cifar", 4)):
+        net = ResNet(stem=stem, width=8)
+        assert map_of(net, net.layer4, noise(1, 3, 32, 32)) == (64, side, side)
+
+
+@pytest.mark.parametrize(("channels", "size", "parameters"), [(1, 28, 181_248), (3, 32, 181_504)])
+def test_small_cnn_is_the_reports_table_1(channels, size, parameters):
+    net = SmallCNN(size=size, channels=channels)
+    assert count(net) == parameters and net.out_features == 32
+    out = net(noise(2, channels, size, size))
+    assert out.shape == (2, 32) and ((out > 0) & (out < 1)).all()
+    sides = [map_of(net, m, noise(1, channels, size, size))[1] for m in net if isinstance(m, nn.Conv2d)]
+    assert sides == [size // 2 + 1, {28: 8, 32: 9}[size], 5, 3, 2]
+
+
+@pytest.mark.parametrize("size", [8, 16, 31, 64])
+def test_small_cnn_knows_its_width_at_any_size(size):
+    net = SmallCNN(size=size)
+    assert net(noise(2, 3, size, size)).shape == (2, net.out_features)
+
+
+def test_decoder_counts_and_doubling():
+    net = Decoder(2048)
+    assert count(net.fc) == 1_049_088
+    up = [m for m in net.up if isinstance(m, nn.ConvTranspose2d)]
+    assert sum(m.weight.numel() for m in up) == 1_586_880
+    assert [(m.in_channels, m.out_channels) for m in up] == [(512, 256), (256, 128), (128, 64), (64, 64), (64, 3)]
+    assert [m.bias is not None for m in up] == [False] * 4 + [True]  # BatchNorm after the first four
+    assert [map_of(net, m, noise(1, 2048))[1] for m in up] == [2, 4, 8, 16, 32]
+    assert Decoder(8, width=8, channels=1, size=64)(noise(2, 8)).shape == (2, 1, 64, 64)
+
+
+def test_decoder_output():
+    z = 50 * noise(64, 8)
+    linear, sigmoid, tanh = (Decoder(8, width=16, output=o) for o in ("linear", "sigmoid", "tanh"))
+    sigmoid.load_state_dict(linear.state_dict()), tanh.load_state_dict(linear.state_dict())
+    x = linear(z)
+    assert torch.equal(sigmoid(z), x.sigmoid()) and torch.equal(tanh(z), x.tanh()) and x.min() < -0.5
+
+
+@pytest.mark.parametrize(("size", "width"), [(28, 512), (16, 512), (32, 7)])
+def test_decoder_that_cannot_reach_the_size(size, width):
+    with pytest.raises(SidaeError, match=f"^The decoder .* multiple of 32 .* {size} and {width}\\.$"):
+        Decoder(64, size=size, width=width)
+
+
+def test_projector_and_predictor():
+    F, H, D, K = 512, 2048, 1024, 256
+    with torch.device("meta"):
+        assert count(projector(F, H, D)) == F * H + H * H + H * D + 4 * H  # no bias, no scale in the last BatchNorm
+        assert count(projector(F, H, D, affine=True)) == count(projector(F, H, D)) + 2 * D
+        assert count(predictor(D, K)) == D * K + 2 * K + K * D + D
+    z = projector(16, 32, 64)(noise(128, 16))
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0, correction=0) - 1).abs().max() < 1e-2  # no ReLU after the last
+    p = predictor(64, 8)(z)
+    assert p.shape == (128, 64) and torch.linalg.matrix_rank(p - p.mean(0), tol=1e-3) <= 8  # a bottleneck
+
+
+# --- torchvision ----------------------------------------------------------------------------------------------------
+
+
+def test_weights_load_into_torchvision():
+    ours, theirs = ResNet(), torchvision.models.resnet18()
+    ours(noise(8, 3, 32, 32))  # moves the running statistics
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    theirs.fc = nn.Identity()
+    ours.eval(), theirs.eval()
+    x = noise(4, 3, 32, 32)
+    assert torch.equal(ours(x), theirs(x))  # the last map is 1x1: no order of summation to differ in
+    x = noise(2, 3, 64, 64)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+
+
+def test_weights_are_drawn_as_torchvisions():
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18().state_dict()
+    for k, v in ResNet().state_dict().items():
+        assert v.float().mean().item() == approx(theirs[k].float().mean().item(), abs=0.02), k
+        if v.numel() > 5000:
+            assert v.std().item() == approx(theirs[k].std().item(), rel=0.05), k
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+CONFIGS = [
+    RunConfig(method="sidae", data="0", width=8, dim=16, hidden=16, pred_hidden=4, decoder=8),
+    RunConfig(method="simsiam", data="0", backbone="small_cnn", size=28, channels=1),
+    RunConfig(method="sidae", data="0", width=8, stem="cifar"),
+]
+
+
+def saved(path: Path, config: RunConfig, net: nn.Module, **extra) -> Path:
+    meta = {"config": config.to_dict(), "epoch": 3, "mean": [0.5] * config.channels, "std": [0.2] * config.channels}
+    save_file(net.state_dict() | extra, path, {"sidae": json.dumps(meta)})
+    return path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["imagenet", "small_cnn", "cifar"])
+def test_load_gives_back_the_backbone(config, tmp_path):
+    net, x = networks.backbone(config), noise(4, config.channels, config.size, config.size)
+    net(x)
+    again = networks.load(saved(tmp_path / "backbone-e003.safetensors", config, net))
+    assert not again.training and again.config == config and again.classifier is None
+    assert again.mean == [0.5] * config.channels and again.std == [0.2] * config.channels
+    assert torch.equal(again(x), net.eval()(x)) and again.state_dict().keys() == net.state_dict().keys()
+
+
+def test_load_keeps_the_classifier_apart(tmp_path):
+    fc, net = nn.Linear(64, 10), networks.backbone(CONFIGS[0])
+    extra = {f"fc.{k}": v for k, v in fc.state_dict().items()}
+    again = networks.load(str(saved(tmp_path / "x.safetensors", CONFIGS[0], net, **extra)))
+    assert all(torch.equal(a, b) for a, b in zip(again.classifier, (fc.weight, fc.bias), strict=True))
+    assert again.state_dict().keys() == net.state_dict().keys()
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def damage(kind: str, path: Path, bomb: Path) -> None:
+    net = networks.backbone(CONFIGS[0])
+    whole = saved(path, CONFIGS[0], net).read_bytes()
+    meta = {"config": CONFIGS[0].to_dict(), "mean": [0.5], "std": [0.2]}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Bomb(bomb)}))
+    elif kind == "torch.save":
+        torch.save({"state_dict": Bomb(bomb)}, path)
+    elif kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "directory":
+        path.unlink()
+        path.mkdir()
+    elif kind == "plain safetensors":
+        save_file(net.state_dict(), path)
+    elif kind == "metadata is no JSON":
+        save_file(net.state_dict(), path, {"sidae": "{"})
+    elif kind == "metadata is a list":
+        save_file(net.state_dict(), path, {"sidae": "[1]"})
+    elif kind == "no statistics":
+        save_file(net.state_dict(), path, {"sidae": json.dumps({"config": meta["config"]})})
+    elif kind == "unknown field":
+        save_file(net.state_dict(), path, {"sidae": json.dumps(meta | {"config": {"method": "x", "data": "", "y": 1}})})
+    elif kind == "a weight is missing":
+        save_file({k: v for k, v in net.state_dict().items() if k != "bn1.bias"}, path, {"sidae": json.dumps(meta)})
+    elif kind == "other widths":
+        save_file(ResNet(width=4).state_dict(), path, {"sidae": json.dumps(meta)})
+
+
+KINDS = ["pickle", "torch.save", "truncated", "empty", "directory", "plain safetensors", "metadata is no JSON",
+         "metadata is a list", "no statistics", "unknown field", "a weight is missing", "other widths"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_no_backbone_is_one_sentence_and_nothing_is_unpickled(kind, tmp_path):
+    path, bomb = tmp_path / "backbone-e003.safetensors", tmp_path / "exploded"
+    damage(kind, path, bomb)
+    with pytest.raises(SidaeError) as error:
+        networks.load(path)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".") and not bomb.exists()
+
+
+def test_the_bomb_is_live(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert (tmp_path / "exploded").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(SidaeError, match=r"^There is no file .*backbone-e007\.safetensors; .*\.$"):
+        networks.load(tmp_path / "backbone-e007.safetensors")
+
+
+# --- z_std ----------------------------------------------------------------------------------------------------------
+
+
+def spread(z):
+    zn = nn.functional.normalize(z.double(), dim=1)
+    return z_std(zn.sum(0), zn.square().sum(0), len(z)).item()
+
+
+def test_z_std():
+    for D in (8, 64, 512):
+        assert spread(noise(20_000, D)) == approx(D**-0.5, rel=0.02)  # isotropic: healthy
+    assert spread(noise(1, 32).expand(500, 32)) == approx(0, abs=1e-6)  # one point: collapsed
+    line = noise(1, 32)
+    assert spread(noise(500, 1) @ line) == approx((line.abs().mean() / line.norm()).item(), rel=1e-2)  # plus and minus
+    z = noise(300, 16) * torch.arange(1, 17) + 3
+    assert spread(z) == approx(nn.functional.normalize(z.double(), dim=1).std(0, correction=0).mean().item(), rel=1e-9)

@@ -1,0 +1,201 @@
+"""The store: computed once, found again, shared by processes, never half-written."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sidae_lib import evaluate, experiments, figures, paths, runs, train
+from sidae_lib.config import EvalConfig, RunConfig, SidaeError
+
+
+@pytest.fixture
+def config(store):
+    return experiments.run("simsiam", "digits", "smoke", epochs=1)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_computed_once_and_read_again(config, monkeypatch):
+    evals = [EvalConfig(run=config, kind=k, labels=0.1) for k in ("linear", "knn")]
+    first = runs.fetch_all([config, *evals], device="cpu", log=quiet)
+    assert [r["key"] for r in first] == [config.key(), *(e.key() for e in evals)]
+    monkeypatch.setattr(train, "pretrain", None)  # nothing may be computed any more
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    assert runs.fetch_all([*reversed(evals), config], device="cpu", log=quiet) == [first[2], first[1], first[0]]
+    assert runs.missing([config, *evals]) == []
+
+
+def test_an_evaluation_added_later_leaves_the_run_alone(config):
+    run = runs.fetch_all([config], device="cpu", log=quiet)[0]
+    before = (runs.folder(config) / "record.json").read_bytes()
+    runs.fetch_all([EvalConfig(run=config, kind="knn")], device="cpu", log=quiet)
+    assert (runs.folder(config) / "record.json").read_bytes() == before
+    assert run["epochs"][0]["epoch"] == 1 and "weights" not in json.dumps(run)
+
+
+def test_an_epoch_that_was_not_kept_is_trained_again(config):
+    longer = config.replace(epochs=2)
+    runs.fetch_all([longer], device="cpu", log=quiet)
+    assert not runs.backbone(longer, 1).exists()
+    [record] = runs.fetch_all([EvalConfig(run=longer, kind="knn", epoch=1)], device="cpu", log=quiet)
+    assert record["epoch"] == 1 and runs.backbone(longer, 1).exists()
+
+
+def test_published_records_are_found_and_never_written(config, monkeypatch):
+    record = runs.fetch_all([config], device="cpu", log=quiet)[0]
+    published = paths.records() / config.key()
+    published.parent.mkdir(exist_ok=True)
+    runs.folder(config).rename(published)
+    before = {p: p.read_bytes() for p in published.iterdir()}
+    assert runs.find(config) == record and list(runs.every("record")) == [record]
+    runs.fetch_all([config, EvalConfig(run=config, kind="knn")], device="cpu", log=quiet)
+    assert {p: p.read_bytes() for p in published.iterdir()} == before
+
+
+def test_one_that_fails_does_not_stop_the_others(config):
+    bad = config.replace(lr=1e30)
+    with pytest.raises(SidaeError, match=f"1 of 2 runs failed \\(simsiam {bad.key()}\\), the rest are kept.*not finite"):
+        runs.fetch_all([bad, config], device="cpu", log=quiet)
+    assert runs.find(config) and not runs.find(bad)
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"method": "simsam"}, "Unknown method 'simsam'; choose from"),
+    ({"augment": "blurr"}, "Unknown augmentation 'blurr'; choose from"),
+    ({"w": 0.3}, "simsiam does not read w"),
+    ({"data": "0123456789abcdef"}, "0123456789abcdef"),
+])  # fmt: skip
+def test_unknown_names_are_refused(config, wrong, sentence):
+    with pytest.raises(SidaeError, match=sentence):
+        runs.fetch_all([RunConfig.from_dict(config.to_dict() | wrong)], device="cpu", log=quiet)
+    assert not list(paths.runs().glob("*/record.json"))
+
+
+def test_unknown_kind_before_any_training(config):
+    with pytest.raises(SidaeError, match="Unknown kind 'svm'; choose from linear"):
+        runs.fetch_all([EvalConfig(run=config, kind="svm")], device="cpu", log=quiet)
+    assert not paths.runs().exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:40], lambda b: b"", lambda b: b"[1]", lambda b: b.replace(b'"loss": ', b'"loss": NaN, "x": '),
+                                    lambda b: b"\x80\x04\x95"], ids=["truncated", "empty", "a list", "NaN", "pickle"])  # fmt: skip
+def test_damaged_record_is_named(config, damage):
+    runs.fetch_all([config], device="cpu", log=quiet)
+    path = runs.folder(config) / "record.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SidaeError, match="record .* is damaged; move it away"):
+        runs.find(config)
+
+
+def test_a_record_filed_under_another_key_is_refused(config):
+    runs.fetch_all([config], device="cpu", log=quiet)
+    other = config.replace(seed=1)
+    runs.folder(config).rename(runs.folder(other))
+    with pytest.raises(SidaeError, match="damaged"):
+        runs.find(other)
+
+
+def test_time_is_up(config):
+    with pytest.raises(train.Stopped, match="1 of 1 records are left"):
+        runs.fetch_all([config], device="cpu", minutes=1e-9, log=quiet)
+    assert (runs.folder(config) / "checkpoint.safetensors").exists()
+    runs.fetch_all([config], device="cpu", minutes=10, log=quiet)
+    assert not (runs.folder(config) / "checkpoint.safetensors").exists()
+
+
+def _fetch(config: dict) -> str:
+    log: list[str] = []
+    runs.fetch_all([RunConfig.from_dict(config)], device="cpu", log=log.append)
+    return " ".join(log)
+
+
+def test_two_processes_train_it_once(config):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        logs = pool.map(_fetch, [config.to_dict()] * 2, chunksize=1)
+    assert sum("trained" in line for line in logs) == 1
+
+
+def cli(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sidae_lib", *args], capture_output=True, text=True, cwd=paths.ROOT)
+
+
+def test_command_line(store):
+    """Runs without Jupyter, says what is recorded, and a second call computes nothing."""
+    first = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
+    assert first.returncode == 0, first.stderr
+    assert "6 runs and 44 evaluations are recorded" in first.stdout and "trained simsiam" in first.stdout
+    kept = {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")}
+    assert len(kept) == 6 + 44
+    again = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
+    assert again.returncode == 0 and "trained simsiam" not in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")} == kept
+    listed = cli("list", "--scale", "smoke").stdout
+    assert "sidae_step_by_step" in listed and "1 of 1 recorded" in listed
+    table = figures.summary(figures.evaluations(list(runs.every("eval-*"))))
+    assert len(table) == 44 and set(table["n"]) == {1} and table["se"].isna().all()
+
+
+@pytest.mark.parametrize("args, sentence", [
+    (("run", "figure_9"), "Unknown figure 'figure_9'; choose from sidae_step_by_step"),
+    (("run", "accuracy_vs_epochs", "--scale", "huge"), "Unknown scale 'huge'; choose from smoke"),
+    (("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "imagenet"), "no data set 'imagenet'"),
+    (("run", "accuracy_vs_epochs", "--scale", "smoke", "--device", "tpu"), "Unknown device 'tpu'"),
+    (("run", "accuracy_vs_epochs", "--scale", "laptop", "--datasets", "digits"), "no length for 'digits'"),
+])  # fmt: skip
+def test_command_line_refuses(store, args, sentence):
+    done = cli(*args)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+    assert not paths.runs().exists()
+
+
+def test_command_line_minutes(store):
+    done = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--minutes", "0", "--device", "cpu")
+    assert done.returncode == 0 and "Time is up" in done.stdout and "records are left" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_store_that_cannot_be_written(config):
+    paths.runs().mkdir()
+    paths.runs().chmod(0o500)
+    with pytest.raises(SidaeError, match="cannot be written"):
+        runs.fetch_all([config], device="cpu", log=quiet)
+
+
+def test_store_in_place_of_a_file(config):
+    paths.runs().write_text("")
+    with pytest.raises(SidaeError, match="cannot be written.*SIDAE_RUNS"):
+        runs.fetch_all([config], device="cpu", log=quiet)
+
+
+def test_summary_is_mean_and_standard_error():
+    import pandas as pd
+
+    frame = pd.DataFrame({"method": "sidae", "seed": range(4), "accuracy": [1.0, 2.0, 3.0, 6.0], "run_key": list("abcd")})
+    row = figures.summary(frame).iloc[0]
+    assert (row["mean"], row["n"]) == (3.0, 4)
+    assert row["se"] == pytest.approx((14 / 3) ** 0.5 / 2, abs=1e-4)  # sd with n - 1, over sqrt(n)
+
+
+def test_ten_thousand_records_to_a_table(store):
+    """Issue: a store with 10,000 records to a table in 2 s on a quiet machine; the bound here leaves room for a busy one."""
+    run = RunConfig(method="sidae", data="x")
+    for seed in range(100):
+        config = run.replace(seed=seed)
+        folder = paths.runs() / config.key()
+        folder.mkdir(parents=True)
+        for n in range(100):
+            e = EvalConfig(run=config, label_seed=n)
+            record = {"config": e.to_dict(), "key": e.key(), "run_key": config.key(), "epoch": 200, "kind": "linear",
+                      "data": {"name": "x", "display": "X"}, "accuracy": 50.0, "per_class": [50.0] * 10, "n_train": 1,
+                      "confusion": [[1] * 10] * 10, "provenance": {"device": "cpu", "threads": 2}}  # fmt: skip
+            (folder / f"eval-{e.key()}.json").write_text(json.dumps(record))
+    began = time.perf_counter()
+    assert len(figures.evaluations(list(runs.every("eval-*")))) == 10_000
+    assert time.perf_counter() - began < 10

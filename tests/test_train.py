@@ -1,0 +1,211 @@
+"""The training loop: the same bits however often it is stopped, and a stop that says where."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from sidae_lib import augment, data, experiments, methods, train
+from sidae_lib.config import SidaeError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config():
+    return experiments.run("sidae", "digits", "smoke")  # 2 epochs of 4 steps
+
+
+def pretrain(config, folder: Path, **more):
+    return train.pretrain(config, data.by_fingerprint(config.data), folder, device=CPU, **more)
+
+
+def weights(folder: Path, epoch: int) -> dict:
+    return load_file(folder / f"backbone-e{epoch:03d}.safetensors")
+
+
+def bare(record: dict) -> dict:
+    """A record without what may differ between two runs of the same thing: time, and provenance."""
+    epochs = [{k: v for k, v in e.items() if k not in ("seconds", "images_per_second")} for e in record["epochs"]]
+    return {k: v for k, v in record.items() if k not in ("seconds", "provenance")} | {"epochs": epochs}
+
+
+def test_lr_at_is_the_cosine():
+    assert train.lr_at(0, 100, 0.03) == 0.03
+    assert train.lr_at(50, 100, 0.03) == pytest.approx(0.015)
+    assert train.lr_at(25, 100, 0.03) == pytest.approx(0.03 * (1 + math.sqrt(0.5)) / 2)
+    assert 0 < train.lr_at(99, 100, 0.03) < 1e-4
+    assert train.lr_at(99, 100, 0.03, "constant") == 0.03
+
+
+@pytest.mark.parametrize("n, batch, keep, sizes", [
+    (10, 4, False, [4, 4]), (10, 4, True, [4, 4, 2]), (9, 4, True, [4, 5]), (8, 4, True, [4, 4]), (3, 4, True, [3]),
+    (3, 4, False, []), (1, 4, True, [1]), (500, 256, True, [256, 244]),
+])  # fmt: skip
+def test_batches(n, batch, keep, sizes):
+    bounds = train.batches(n, batch, keep)
+    assert [b - a for a, b in bounds] == sizes
+    assert [a for a, _ in bounds] == [sum(sizes[:k]) for k in range(len(sizes))]
+
+
+def test_the_loop_is_plain_sgd(config, tmp_path):
+    """Two epochs equal a loop typed here: order and parameters from (seed, epoch), loss, momentum, decay, cosine."""
+    record = pretrain(config, tmp_path)
+    images = data.by_fingerprint(config.data)
+    torch.manual_seed(config.seed)
+    model = methods.build(config).to(memory_format=torch.channels_last).train()  # the same kernels, so the same bits
+    pool = data.subset(1437, count=256, seed=0)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (images.mean, images.std))
+    buffers, step, losses = {}, 0, []
+    for epoch in range(2):
+        g = torch.Generator().manual_seed((config.seed << 32) + epoch)
+        order = pool[torch.randperm(256, generator=g)]
+        views = augment.VIEWS[config.augment]
+        draws = views.draw(256, 32, g)
+        for k in range(4):
+            rows = slice(64 * k, 64 * k + 64)
+            x = images.split("train").images[order[rows]]
+            v1, v2 = (augment.apply(ops, x, {n: v[rows] for n, v in p.items()}, mean, std).contiguous(memory_format=torch.channels_last)
+                      for ops, p in zip((views.first, views.second), draws))
+            clean = (x / 255 - mean) / std
+            out = model.loss((v1, v2), {"x1": clean, "x2": clean, "mean": mean, "std": std})
+            model.zero_grad()
+            out["loss"].backward()
+            losses.append(out["loss"].item())
+            lr = 0.5 * config.lr * (1 + math.cos(math.pi * step / 8))
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    d = p.grad + config.weight_decay * p
+                    buffers[name] = d if name not in buffers else config.momentum * buffers[name] + d
+                    p -= lr * buffers[name]
+            step += 1
+    assert [e["loss"] for e in record["epochs"]] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4], rel=1e-6)
+    for name, v in weights(tmp_path, 2).items():
+        torch.testing.assert_close(v, model.backbone.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_z_std_is_taken_over_the_epoch(config, tmp_path):
+    """Equal to the spread of all the epoch's normalised projections at once."""
+    seen = []
+    run = train.Run(config, data.by_fingerprint(config.data), CPU)
+    loss = run.method.loss
+    run.method.loss = lambda v, b: seen.append(out := loss(v, b)) or dict(out)
+    train._loop(run, tmp_path / "checkpoint.safetensors", {2}, train._Stop(), None)
+    z = F.normalize(torch.cat([o["z"] for o in seen[:4]]).double(), dim=1)
+    assert run.history[0]["z_std"] == pytest.approx(z.std(0, correction=0).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sidae", "simsiam", "dae", "supervised"])
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_stopped_run_equals_one_that_was_not(method, at, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch, at its end and before the last step: tensors and record bit for bit."""
+    config = experiments.run(method, "digits", "smoke", **({"label_count": 250, "batch": 64, "epochs": 2}
+                                                           if method == "supervised" else {}))  # fmt: skip
+    whole = pretrain(config, tmp_path / "whole", checkpoints=[1])
+    steps = iter(range(1, 100))
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (step(self), next(steps) == at and os.kill(os.getpid(), 2))[0])
+    with pytest.raises(train.Stopped, match=f"step {at} of 8.*goes on"):
+        pretrain(config, tmp_path / "parts", checkpoints=[1])
+    parts = pretrain(config, tmp_path / "parts", checkpoints=[1])
+    assert bare(parts) == bare(whole)
+    for epoch in (1, 2):
+        a, b = weights(tmp_path / "whole", epoch), weights(tmp_path / "parts", epoch)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_deadline_stops_at_a_checkpoint(config, tmp_path):
+    with pytest.raises(train.Stopped, match="Time is up.*step 1 of 8"):
+        pretrain(config, tmp_path, deadline=time.monotonic())
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert len(pretrain(config, tmp_path)["epochs"]) == 2
+
+
+def test_sigterm_leaves_a_checkpoint(tmp_path):
+    """A real process: terminated in the middle, it writes a checkpoint and says so; the next one finishes."""
+    code = ("import torch, sys; from pathlib import Path; from sidae_lib import data, experiments, train\n"
+            "c = experiments.run('simsiam', 'digits', 'smoke', epochs=200)\n"
+            "print('ready', flush=True)\n"
+            "train.pretrain(c, data.by_fingerprint(c.data), Path(sys.argv[1]), device=torch.device('cpu'))")
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "Stopped by SIGTERM" in error and "goes on from there" in error
+    assert (tmp_path / "checkpoint.safetensors").exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_not_finite_stops_with_its_place(config, tmp_path):
+    with pytest.raises(SidaeError, match=r"not finite at epoch 1, step \d of sidae .*no checkpoint yet"):
+        pretrain(config.replace(lr=1e30), tmp_path)
+
+
+def test_collapse_is_warned_of_once_and_recorded(tmp_path, monkeypatch):
+    """Without the predictor and the stop-gradient the best answer is a constant; its spread tells."""
+    config = experiments.run("simsiam", "digits", "smoke")
+    monkeypatch.setattr(train.networks, "z_std", lambda total, square, n: torch.tensor(1e-4))
+    with pytest.warns(UserWarning, match="collapsed at epoch 1: z_std 0.0001, healthy is 0.12") as caught:
+        record = pretrain(config, tmp_path)
+    assert len([w for w in caught if "collapsed" in str(w.message)]) == 1
+    assert [e["collapsed"] for e in record["epochs"]] == [True, True]
+
+
+def test_checkpoint_of_another_config(config, tmp_path):
+    with pytest.raises(train.Stopped):
+        pretrain(config, tmp_path, deadline=time.monotonic())
+    with pytest.raises(SidaeError, match="another config"):
+        pretrain(config.replace(seed=1), tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x04\x95" + b])
+def test_damaged_checkpoint(config, tmp_path, damage):
+    with pytest.raises(train.Stopped):
+        pretrain(config, tmp_path, deadline=time.monotonic())
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SidaeError, match="damaged"):
+        pretrain(config, tmp_path)
+
+
+def test_batch_larger_than_the_set(config, tmp_path):
+    with pytest.raises(SidaeError, match="batch is 512 but only 256 images"):
+        pretrain(config.replace(batch=512), tmp_path)
+
+
+def test_device_that_is_not_there():
+    with pytest.raises(SidaeError, match="Unknown device 'tpu'"):
+        train.device_of("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(SidaeError, match="no CUDA device"):
+            train.device_of("cuda")
+
+
+def test_write_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    train.write(path, b"old")
+    with pytest.raises(TypeError):
+        train.write(path, None)  # fails inside the write
+    assert path.read_bytes() == b"old"
+    with pytest.raises(SidaeError, match="could not be written"):
+        train.write(path / "below-a-file.json", b"x")
+
+
+def test_saved_backbone_names_its_run(config, tmp_path):
+    pretrain(config, tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "backbone-e002.safetensors", "pt") as f:
+        meta = json.loads(f.metadata()["sidae"])
+    images = data.by_fingerprint(config.data)
+    assert meta == {"config": config.to_dict(), "epoch": 2, "mean": list(images.mean), "std": list(images.std)}
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
