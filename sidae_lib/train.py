@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,19 @@ def training_pairs(config: RunConfig, images: Images) -> Tensor:
     return torch.stack([i, i], 1)
 
 
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its kind."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and with what a record was made."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
     cuda = device.type == "cuda"
     return {
         "package": __version__, "commit": git.stdout.strip() or None, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
@@ -109,13 +116,13 @@ def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
     the step, which only a long run repays (benchmarks/README.md)."""
     if device.type == "cuda":
         return "step" if steps >= 1000 else "eager"
-    return "views" if steps >= 200 else "eager"
+    return "views" if steps >= 200 and shutil.which(os.environ.get("CXX", "g++")) else "eager"
 
 
 @lru_cache
-def _views(name: str, view: int, compiled: bool) -> Callable[..., Tensor]:
+def _view(name: str, n: int, compiled: bool) -> Callable[..., Tensor]:
     """uint8 images, their parameters, mean, std -> one normalised view; compiled once for every run of a process."""
-    ops = (augment.VIEWS[name].first, augment.VIEWS[name].second)[view]
+    ops = (augment.VIEWS[name].first, augment.VIEWS[name].second)[n]
     apply = lambda images, params, mean, std: augment.apply(ops, images, params, mean, std)  # noqa: E731
     return torch.compile(apply, fullgraph=True, dynamic=False) if compiled and ops else apply
 
@@ -168,14 +175,13 @@ class Run:
 
     def set_mode(self, mode: str) -> None:
         self.mode = mode
+        self.view1, self.view2 = (_view(self.config.augment, n, mode == "views") for n in (0, 1))
         self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False) if mode == "step" else self.forward
 
     def forward(self, xi: Tensor, xj: Tensor, p1: Params, p2: Params, batch: dict[str, Tensor]) -> tuple[dict, dict]:
         """uint8 images -> views -> the method's scalars, and the sums that z_std is made of."""
-        views = partial(_views, self.config.augment, compiled=self.mode == "views")
         with torch.no_grad():
-            v1 = views(0)(xi, p1, self.mean, self.std)
-            v2 = views(1)(xj, p2, self.mean, self.std)
+            v1, v2 = self.view1(xi, p1, self.mean, self.std), self.view2(xj, p2, self.mean, self.std)
             x1 = (xi / 255 - self.mean) / self.std
             x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
         batch = {**batch, "x1": x1, "x2": x2, "mean": self.mean, "std": self.std, "w": self.w}

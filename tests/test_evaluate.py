@@ -48,7 +48,7 @@ def trained(images, tmp_path_factory) -> dict[RunConfig, Path]:
     out = {}
     for run in (RUN, SUPERVISED):
         folder = tmp_path_factory.mktemp("run")
-        train.pretrain(run, images, folder, device=CPU, log=lambda text: None)
+        train.pretrain(run, images, folder, device=CPU)
         out[run] = folder / "backbone-e003.safetensors"
     return out
 
