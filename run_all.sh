@@ -23,7 +23,7 @@ Options of the first form:
   --seeds N                seeds 0 to N-1 instead of the scale's own
   --minutes N              stop at a checkpoint after N minutes in all; the next call goes on from there
   --download               allow data sets to be downloaded
-  --fresh                  ignore the recorded runs and start an empty store under runs/; nothing is deleted
+  --fresh                  compute everything again in an empty store under runs/, and note the time; deletes nothing
   --cell-seconds N         a notebook fails when one of its cells takes longer (default: smoke 300, quick 1800)
   -p NAME VALUE            set any other parameter of the notebooks
   --help, -h               show this text

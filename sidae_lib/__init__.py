@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch is imported: threads that spin while they wait make a step on a busy machine several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: OpenMP threads that spin for milliseconds while they wait make a step on a busy machine ten
+# times slower, threads that sleep at once make one on a quiet machine slower by half; this is a few microseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"

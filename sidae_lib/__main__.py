@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from . import experiments, figures, runs, train
+import pandas as pd
+
+from . import experiments, figures, paths, runs, train
 from .config import RunConfig, SidaeError
 
 
@@ -37,6 +39,32 @@ def _list(args: argparse.Namespace) -> None:
                 print(f"  {name:24s} {e}")
 
 
+def readme(text: str) -> str:
+    """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
+    evals = [r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] in ("linear", "classifier")]
+    table = figures.beside_published(figures.summary(figures.evaluations(evals)))
+    rows = ["| data | labels | method | ours: mean (SE), n | published: mean (SE) | scale and hardware |", "|---|---|---|---|---|---|"]
+    order = list(figures.NAMES)
+    for r in sorted(table.itertuples(), key=lambda r: (r.display, -r.labels, order.index(r.method))):
+        se = "" if r.n < 2 else f" ({r.se:.2f})"
+        paper = "" if pd.isna(r.published) else f"{r.published:.2f} ({r.published_se:.2f})"
+        share = f"{figures.percent(r.labels)} = {r.n_train:,}"
+        rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {r.mean:.2f}{se}, {r.n} | {paper} | laptop, {r.hardware} |")
+    clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
+    for path in sorted(paths.figures("").glob("*/timings.csv")):
+        clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |" for t in pd.read_csv(path).itertuples()]
+    for name, lines in (("results", rows), ("minutes", clock)):
+        head, _, rest = text.partition(f"<!-- {name} -->")
+        tail = rest.partition(f"<!-- /{name} -->")[2]
+        text = "\n".join([f"{head}<!-- {name} -->", *lines, f"<!-- /{name} -->{tail}"])
+    return text
+
+
+def _readme(args: argparse.Namespace) -> None:
+    path = paths.ROOT / "README.md"
+    train.write(path, readme(path.read_text()).encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sidae_lib", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -52,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     show = commands.add_parser("list", help="figures, what is recorded and what is missing")
     show.add_argument("--scale")
     show.set_defaults(call=_list, data=None)
+    commands.add_parser("readme", help="write the README's tables anew from the records").set_defaults(call=_readme, data=None)
     args = parser.parse_args(argv)
     if args.data:
         os.environ["SIDAE_DATA"] = str(Path(args.data).resolve())

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     out = _writable(paths.ROOT / "executed" / args.scale)
     _writable(paths.figures(args.scale))
     _environment(args)
-    start, failed = time.monotonic(), []
+    start, failed, clock = time.monotonic(), [], []
     with tempfile.TemporaryDirectory() as jupyter:  # a "python3" of the user's may be another interpreter
         write_kernel_spec(Path(jupyter) / "kernels" / "python3")
         os.environ["JUPYTER_PATH"] = jupyter
@@ -175,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{nb.stem:28s} ", end="", flush=True)
             with _silence(out / f"{nb.stem}.log"):
                 failure = _execute(nb, out / nb.name, parameters[nb], args.cell_seconds or CELL_SECONDS.get(args.scale))
-            print(f"{time.monotonic() - begin:7.1f} s  {'FAILED  ' + failure if failure else 'ok'}", flush=True)
+            clock.append({"notebook": nb.stem, "seconds": round(time.monotonic() - begin, 1), "failed": bool(failure)})
+            print(f"{clock[-1]['seconds']:7.1f} s  {'FAILED  ' + failure if failure else 'ok'}", flush=True)
             if failure:
                 failed.append(nb.stem)
     print(f"{len(notebooks) - len(failed)} of {len(notebooks)} notebooks ran in {time.monotonic() - start:.0f} s; "
@@ -184,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Failed: {', '.join(failed)}; see the .html and the .log of each")
     from . import figures  # torch and matplotlib: late, so that a mistyped call is refused at once
 
+    if args.fresh:  # only a run that computed everything says how long everything takes
+        figures.timings(args.scale, clock)
     print(f"Figures: {figures.index(args.scale)}")
     return 1 if failed else 0
 

@@ -16,6 +16,12 @@ class SidaeError(Exception):
     """Base class of every error this project raises on purpose: one sentence that says what to do."""
 
 
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Seed of the generator that draws an epoch's order and augmentation: a hash, since torch's CPU generator keeps only
+    the low 32 bits, so that `seed << 32` would be no seed at all."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big")
+
+
 # Raised when the mathematics of a method or of a pipeline changes; a name that is not listed stands at 1.
 METHOD_RECIPES: dict[str, int] = {}
 AUGMENT_RECIPES: dict[str, int] = {}

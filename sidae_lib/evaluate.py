@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import augment, networks
-from .config import EvalConfig, SidaeError
+from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .train import batches, lr_at, provenance
 
@@ -56,7 +56,7 @@ def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
 def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callable[[Tensor, dict[str, Tensor]], Tensor],
          backbone: Iterable[nn.Parameter] = ()) -> nn.Linear:  # fmt: skip
     """The paper's downstream training, Sec. 4.1: SGD on the cross-entropy of one fully connected layer on what `embed`
-    makes of (indices into y, their augmentation parameters); the parameters of `backbone` move too."""
+    makes of (indices into y, their augmentation parameters); those of `backbone` that want a gradient move too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         fc = nn.Linear(width, classes).to(y.device)
@@ -65,7 +65,7 @@ def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callabl
     optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
     bounds = batches(len(y), config.batch, config.keep_last) or [(0, len(y))]
     for epoch in range(config.fit_epochs):
-        generator = torch.Generator().manual_seed((config.seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
         order = torch.randperm(len(y), generator=generator).to(y.device)
         draws, _ = augment.VIEWS[config.augment].draw(len(y), config.run.size, generator)
         draws = {k: v.to(y.device) for k, v in draws.items()}
@@ -91,7 +91,7 @@ def _fit_network(config: EvalConfig, net: nn.Module, images: Tensor, y: Tensor, 
         view = augment.apply(ops, images[rows], draws, mean, std)
         return net(view.contiguous(memory_format=torch.channels_last))
 
-    fc = _fit(config, y, classes, net.out_features, embed, net.parameters() if tuned else ())
+    fc = _fit(config, y, classes, net.out_features, embed, net.parameters())
     return nn.Sequential(net, fc).eval()
 
 

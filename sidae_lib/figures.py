@@ -3,7 +3,8 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from .train import write
 COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F"}
 NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
          "untrained": "Untrained"}
+PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN"}
 PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
 MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^"}
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
-         "legend.frameon": False, "svg.hashsalt": "sidae", "figure.dpi": 110, "savefig.dpi": 200}
+         "legend.frameon": False, "svg.hashsalt": "sidae", "savefig.dpi": 200}
 
 
 def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -57,11 +59,28 @@ def beside_published(table: pd.DataFrame) -> pd.DataFrame:
     paper = published.table(source="Table 1", protocol="frozen, linear SGD 50 epochs")
     paper = paper[paper.pretrain_data == paper.data][["data", "method", "labels", "value", "se"]]
     paper = paper.rename(columns={"value": "published", "se": "published_se"})
-    return last.merge(paper, on=["data", "method", "labels"], how="left")
+    out = last.merge(paper, on=["data", "method", "labels"], how="left")
+    out["ours"], out["paper"] = (
+        [mean_se(*pair) for pair in out[list(names)].to_numpy()] for names in (("mean", "se"), ("published", "published_se")))
+    return out.assign(**{"ours / paper": (out["mean"] / out["published"]).map("{:.2f}".format, na_action="ignore").fillna("")})
+
+
+def mean_se(mean: float, se: float) -> str:
+    """64.75 (0.27); no standard error is a dash, no mean is empty."""
+    return "" if np.isnan(mean) else f"{mean:.2f} ({'-' if np.isnan(se) else f'{se:.2f}'})"
 
 
 def percent(share: float) -> str:
     return f"{100 * share:g} %"
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure that pyplot makes, so that a notebook can show it, and forgets, so that it is not shown twice."""
+    fig = plt.figure(figsize=(width, height), dpi=110, layout="constrained")
+    plt.close(fig)
+    with plt.rc_context(STYLE):  # after pyplot has chosen its backend, whose settings this would undo
+        yield fig
 
 
 def save(fig: Figure, name: str, scale: str, table: pd.DataFrame, note: str = "") -> Figure:
@@ -85,11 +104,10 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame, note: str = ""
 
 def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
     """Figures 3 and 5 from `summary`: one column per set, one row per share of labels, standard-error bands,
-    supervised and untrained as lines, the paper's end points as hollow markers at the right edge."""
+    supervised and untrained as lines; by the paper's own probe also its end points, hollow, at the right edge."""
     sets, shares = list(dict.fromkeys(table["data"])), sorted(set(table["labels"]), reverse=True)
-    end = beside_published(table)
-    with plt.rc_context(STYLE):
-        fig = Figure(figsize=(2.6 * len(sets) + 0.6, 2.1 * len(shares) + 0.6), layout="constrained")
+    end = beside_published(table) if kind == "linear" else table[:0].assign(published=0.0, published_se=0.0)
+    with _figure(2.6 * len(sets) + 0.6, 2.1 * len(shares) + 0.6) as fig:
         axes = fig.subplots(len(shares), len(sets), squeeze=False)
         for (row, column), ax in np.ndenumerate(axes):
             part = table[(table["data"] == sets[column]) & (table["labels"] == shares[row])]
@@ -112,7 +130,7 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
             ax.set_xlabel("pre-training epochs")
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:
-                ax.set_ylabel("test accuracy (%)")
+                ax.set_ylabel(f"test accuracy (%), {PROBES[kind]}")
         handles = {h.get_label(): h for ax in axes.flat for h in ax.get_legend_handles_labels()[0]}
         fig.legend(handles=handles.values(), loc="outside upper center", ncols=2 * len(sets) + 1, fontsize=7)
     return fig
@@ -179,8 +197,7 @@ def architecture(config: RunConfig) -> Figure:
     """The paper's Figure 1 from the code's own modules: SimSiam left, SidAE right (one side of the loss, as there)."""
     same = ("backbone", "stem", "width", "dim", "hidden", "pred_hidden", "channels", "size")
     simsiam = RunConfig(method="simsiam", data="", **{k: getattr(config, k) for k in same})
-    with plt.rc_context(STYLE):
-        fig = Figure(figsize=(7.6, 4), layout="constrained")
+    with _figure(7.6, 4) as fig:
         left, right = fig.subplots(1, 2, width_ratios=(3.4, 6.2))
         _flow(left, simsiam, "SimSiam")
         _flow(right, simsiam.replace(method="sidae", decoder=config.decoder), "SidAE")
@@ -194,8 +211,7 @@ def structure(table: pd.DataFrame) -> Figure:
     path = kind.notna() & ~table["layer"].str.contains("downsample")  # not the shortcuts beside the way
     shapes = [tuple(map(int, s.split(" x "))) for s in table["output"][path]]
     part, x = table["part"][path].to_numpy(), np.arange(len(shapes))
-    with plt.rc_context(STYLE):
-        fig = Figure(figsize=(7.2, 3), layout="constrained")
+    with _figure(7.2, 3) as fig:
         ax = fig.subplots()
         for name, colour in PARTS.items():
             own = x[part == name]
@@ -212,12 +228,11 @@ def structure(table: pd.DataFrame) -> Figure:
 def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> Figure:
     """Rows of normalised images (B, C, S, S), pixels brought back to [0, 1]."""
     m, s = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-    with plt.rc_context(STYLE):
-        fig = Figure(figsize=(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)), layout="constrained")
+    with _figure(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)) as fig:
         axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
         for (r, c), ax in np.ndenumerate(axes):
             x = (rows[r][c].detach().cpu() * s + m).clamp(0, 1).permute(1, 2, 0)
-            ax.imshow(x if x.shape[2] == 3 else x[..., 0], cmap="gray", vmin=0, vmax=1)
+            ax.imshow(x if x.shape[2] == 3 else x[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             if c == 0:
                 ax.set_ylabel(labels[r], rotation=0, ha="right", va="center")

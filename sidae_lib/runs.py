@@ -57,10 +57,10 @@ def find(config: Config) -> Record | None:
     return None
 
 
-def every(kind: str = "*") -> Iterator[Record]:
+def every(kind: str = "*", roots: Sequence[Path] = ()) -> Iterator[Record]:
     """All records of the local store and the published ones, each key once; kind: `record`, `eval-*` or both."""
     seen = set()
-    for root in (paths.runs(), paths.records()):
+    for root in roots or (paths.runs(), paths.records()):
         for path in sorted(root.glob(f"*/{kind}.json")):
             if (name := (path.parent.name, path.name)) not in seen:
                 seen.add(name)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, augment, methods, networks, paths
 from .augment import Params
-from .config import RunConfig, SidaeError
+from .config import RunConfig, SidaeError, epoch_seed
 from .data import Images, subset
 
 CHECKPOINT_SECONDS = 60.0
@@ -193,7 +193,7 @@ class Run:
 
     def draw(self, epoch: int) -> tuple[Tensor, Params, Params]:
         """The epoch's order of pairs and the parameters of both views: a function of (seed, epoch) on every device."""
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
         order = self.pairs[torch.randperm(len(self.pairs), generator=generator)].to(self.device)
         draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator)
         return order, *({k: v.to(self.device) for k, v in p.items()} for p in draws)
@@ -293,7 +293,7 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
     sync = 1 if device.type == "cpu" else 50  # steps between looks at the loss: on a GPU a look waits for the queue
     saved, checkpointed = time.monotonic(), run.step
     bar = tqdm(total=run.steps, initial=run.step, unit="step", desc=f"{config.method} {config.key()[:6]}", leave=False,
-               disable=None, mininterval=0.5)  # fmt: skip
+               disable="TQDM_DISABLE" in os.environ or None, mininterval=0.5)  # fmt: skip
 
     def checkpoint() -> None:
         nonlocal saved, checkpointed

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidae_lib import config
-from sidae_lib.config import EvalConfig, RunConfig, SidaeError
+from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 
 RUN = RunConfig(method="sidae", data="131428effbc89b28")
 GOLDEN = {  # every record is filed under its key: these never change
@@ -123,6 +123,12 @@ def test_a_raised_recipe_is_a_new_key_and_old_records_stay_found(recipes, name, 
     assert EvalConfig.from_dict(old_eval.to_dict()).key() == old_eval.key()
     assert RunConfig.from_dict(new.to_dict()) == new
     assert again.replace(seed=0) == new  # a changed copy is a new run, by today's mathematics
+
+
+def test_epoch_seeds_never_change_and_use_the_seed():
+    assert (epoch_seed(0, 0), epoch_seed(3, 7)) == (2469594617, 539633012)
+    seeds = {epoch_seed(s, e) for s in range(10) for e in range(200)}
+    assert len(seeds) == 2000 and max(seeds) < 2**32  # all that torch's CPU generator keeps
 
 
 def test_configs_are_frozen():

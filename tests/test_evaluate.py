@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sidae_lib import evaluate, networks, train
-from sidae_lib.config import EvalConfig, RunConfig, SidaeError
+from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.data import Images, Split, subset
 
 CPU = torch.device("cpu")
@@ -74,7 +75,7 @@ def embedded(net, x, mean, std):
 
 
 def batches_of(c, n, epoch):
-    order = torch.randperm(n, generator=torch.Generator().manual_seed((c.seed << 32) + epoch))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch_seed(c.seed, epoch)))
     parts = list(order.split(c.batch))
     if len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
@@ -171,6 +172,21 @@ def test_number_of_steps(n, keep_last, sizes):
     assert not torch.equal(first, torch.cat(seen[len(sizes) : 2 * len(sizes)]))
 
 
+def test_every_seed_and_epoch_has_an_order_of_its_own():
+    def order(seed, epoch):
+        return tuple(torch.randperm(20, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch))).tolist())
+
+    places = [(s, e) for s in (0, 1, 2, 2**32 - 1) for e in range(50)]
+    assert len({order(*p) for p in places}) == len(places) and order(1, 2) == order(1, 2)
+
+    def first_batch(seed):
+        rows, y = [], torch.arange(40) % 3
+        evaluate._fit(config(seed=seed, fit_epochs=1), y, 3, 1, lambda r, _: rows.append(r) or torch.zeros(len(r), 1))
+        return rows[0].tolist()
+
+    assert first_batch(0) == first_batch(0) != first_batch(1)
+
+
 def test_a_tail_of_one_joins_the_batch_before():
     assert train.batches(9, 4, True) == [(0, 4), (4, 9)] and train.batches(9, 4, False) == [(0, 4), (4, 8)]
     assert train.batches(10, 4, True) == [(0, 4), (4, 8), (8, 10)] and train.batches(1, 4, True) == [(0, 1)]
@@ -185,21 +201,21 @@ def slow_knn(x, bank, labels, k, tau):
         cosines = sorted(((torch.dot(q, b) / q.norm() / b.norm()).item(), c.item())
                          for b, c in zip(bank, labels, strict=True))[::-1]  # fmt: skip
         for cosine, c in cosines[:k]:
-            out[i, c] += math.exp(cosine / tau)
+            out[i, c] += math.exp((cosine - cosines[0][0]) / tau)
     return out / out.sum(1, keepdim=True)
 
 
 def test_knn_of_hand_placed_points():
     degrees = torch.tensor([0.0, 20.0, 24.0, 180.0, 176.0]).deg2rad()
     bank = torch.stack([degrees.cos(), degrees.sin()], 1) * torch.tensor([1.0, 9.0, 0.1, 3.0, 2.0])[:, None]
-    labels, x = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([[5.0, 0.0], [-0.01, 0.0]])
+    labels, x = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([[5.0, 0.0], [-0.01, 0.0], [0.0, 1.0]])
 
     def vote(k, tau):
         return evaluate.knn(x, bank, labels, 3, k=k, tau=tau).argmax(1).tolist()
 
-    assert vote(1, 0.1) == [0, 2]  # the nearest alone; lengths do not count
-    assert vote(3, 10) == [1, 2]  # a majority
-    assert vote(3, 0.01) == vote(99, 0.0005) == [0, 2]  # a low temperature: the nearest again
+    assert vote(1, 0.1) == [0, 2, 1]  # the nearest alone; lengths do not count
+    assert vote(3, 10) == [1, 2, 1]  # a majority
+    assert vote(3, 0.01) == vote(99, 0.0005) == [0, 2, 1]  # a low temperature: the nearest again
     scores = evaluate.knn(x, bank, labels, 3, k=99, tau=0.0005)
     assert scores.isfinite().all() and (scores.max(1).values >= 1).all()
 
@@ -216,11 +232,17 @@ def test_knn_is_a_loop(k, tau):
 def test_knn_and_logistic_records(images, weights):
     net, train_set, test = networks.load(weights), images.split("train"), images.split("test")
     x, x_test = (embedded(net, s.images, net.mean, net.std) for s in (train_set, test))
-    predicted = slow_knn(x_test, x, train_set.labels, 5, 0.2).argmax(1)
-    assert measure(images, weights, kind="knn", k=5, tau=0.2)["confusion"] == counted(predicted, test.labels)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    predicted = model.fit(x.numpy(), train_set.labels.numpy()).predict(x_test.numpy())
-    assert measure(images, weights, kind="logistic", C=0.01)["confusion"] == counted(predicted, test.labels)
+    records = []
+    for k, tau in ((5, 10), (60, 10), (60, 1e-3)):
+        predicted = slow_knn(x_test, x, train_set.labels, k, tau).argmax(1)
+        records.append(measure(images, weights, kind="knn", k=k, tau=tau)["confusion"])
+        assert records[-1] == counted(predicted, test.labels)
+    for C in (1e-3, 1.0):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+        predicted = model.fit(x.numpy(), train_set.labels.numpy()).predict(x_test.numpy())
+        records.append(measure(images, weights, kind="logistic", C=C)["confusion"])
+        assert records[-1] == counted(predicted, test.labels)
+    assert all(a != b for a, b in pairwise(records))  # k, tau and C are used
 
 
 # --- fine-tuning and the supervised classifier ----------------------------------------------------------------------

@@ -268,6 +268,13 @@ def test_a_field_that_a_method_does_not_read_is_refused(name):
             sentence(lambda: methods.check(c), f"{name} does not read {field}")  # noqa: B023
 
 
+def test_fixed_ends_of_w_have_one_name_each():
+    for name, w in (("simsiam", 1.0), ("dae", 0.0)):
+        sentence(lambda: methods.check(RunConfig(method=name, data="0", w=w)), f"{name} does not read w")  # noqa: B023
+    sentence(lambda: methods.check(RunConfig(method="dae", data="0", pred_hidden=4)), "dae does not read pred_hidden")
+    sentence(lambda: methods.check(RunConfig(method="simsiam", data="0", decoder=4)), "simsiam does not read decoder")
+
+
 def test_shared_fields_are_config_fields():
     assert methods.SHARED <= {f.name for f in dataclasses.fields(RunConfig)}
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from sidae_lib import augment, data, experiments, methods, train
-from sidae_lib.config import SidaeError
+from sidae_lib.config import SidaeError, epoch_seed
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_the_loop_is_plain_sgd(config, tmp_path):
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (images.mean, images.std))
     buffers, step, losses = {}, 0, []
     for epoch in range(2):
-        g = torch.Generator().manual_seed((config.seed << 32) + epoch)
+        g = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
         order = pool[torch.randperm(256, generator=g)]
         views = augment.VIEWS[config.augment]
         draws = views.draw(256, 32, g)
@@ -209,3 +209,13 @@ def test_saved_backbone_names_its_run(config, tmp_path):
     images = data.by_fingerprint(config.data)
     assert meta == {"config": config.to_dict(), "epoch": 2, "mean": list(images.mean), "std": list(images.std)}
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+
+
+def test_seed_and_epoch_both_change_what_is_drawn(config):
+    """torch's CPU generator keeps 32 bits of its seed: a seed in the upper half alone would change nothing."""
+    images = data.by_fingerprint(config.data)
+    drawn = [train.Run(config.replace(seed=s), images, CPU).draw(e) for s, e in ((0, 0), (1, 0), (0, 1))]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(drawn[a][0], drawn[b][0])
+        assert not torch.equal(drawn[a][1]["crop"], drawn[b][1]["crop"])
+    assert not torch.equal(drawn[0][1]["crop"], drawn[0][2]["crop"])  # nor do the two views share theirs

@@ -1,0 +1,210 @@
+"""`python -m benchmarks [--only pretrain,floor]`: where the time goes, ours beside what users would pick instead."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from sidae_lib import augment, evaluate, experiments, train
+from sidae_lib.config import EvalConfig, RunConfig, SidaeError
+from sidae_lib.data import Images
+
+from . import contenders as c
+from .timing import Bench, Contender, Row, fresh, hardware, measure
+
+
+def paper(bench: Bench, method: str, batch: int) -> tuple[RunConfig, Images]:
+    if bench.quick:
+        return experiments.run(method, "digits", "smoke", batch=16, augment="simsiam_cifar"), c.load("digits")
+    return experiments.run(method, "cifar10", "paper", batch=batch, precision="fp32"), c.load("cifar10")
+
+
+def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, Callable], name: str = "") -> list[Row]:
+    """The step alone and the pipeline in every mode and in bf16, then the rivals; with a name also two processes."""
+    own = train.Run(config, images, bench.device).mode
+    out, limits, ours = [], {}, None
+    for precision, modes in (("fp32", (own,) if bench.quick else ("eager", "views", "step")), ("bf16", (own,))):
+        run = config.replace(precision=precision)
+        info = {"data": images.name, "method": run.method, "batch": run.batch, "precision": precision}
+        for mode in modes:
+            whole = "step" if mode == "step" else "eager"  # the step alone has no views to compile
+            if (precision, whole) not in limits:
+                build = partial(c.alone, bench, run, images, whole == "step")
+                limits[precision, whole] = Contender("step alone", build, info=info | {"mode": whole})
+                out.append(limits[precision, whole])
+            label, build = "pipeline" + ", own mode" * (mode == own), partial(c.pipeline, bench, run, images, mode)
+            out.append(Contender(label, build, of=limits[precision, whole], info=info | {"mode": mode}))
+            ours = out[-1] if ours is None and mode == own else ours
+    for what, build in rivals.items():
+        out.append(Contender(what, partial(build, bench, config, images), of=ours, info=ours.info | {"mode": "eager"},
+                             needs="lightly" * (build is c.lightly_example)))  # fmt: skip
+    with fresh() as one, fresh() as other:
+        def both() -> float:
+            jobs = [process.submit(c.single, bench, config, name, own) for process in (one, other)]
+            return sum(job.result() for job in jobs)
+
+        if name and bench.device.type == "cpu":
+            warmed = lambda: (both(), both)[1]  # noqa: E731
+            out.append(Contender("two processes of one thread", warmed, of=ours, info=ours.info))
+        return measure(bench, out)
+
+
+def pretrain(bench: Bench) -> list[Row]:
+    rivals = {"lightly's example": c.lightly_example, "torchvision on PIL": c.plain}
+    batches = (16,) if bench.quick else (256, 512)
+    return [row for batch in batches for row in compare(bench, *paper(bench, "simsiam", batch), rivals)]
+
+
+def sidae(bench: Bench) -> list[Row]:
+    cases = [(m, b) for b in ((16,) if bench.quick else (256, 512)) for m in ("sidae", "dae")]
+    return [row for case in cases for row in compare(bench, *paper(bench, *case), {"torchvision on PIL": c.plain})]
+
+
+def narrow(bench: Bench) -> list[Row]:
+    cases = [("smoke", "digits")] if bench.quick else [("laptop", "cifar10"), ("quick", "digits"), ("quick", "photos")]
+    return [{"scale": scale} | row for scale, name in cases
+            for row in compare(bench, experiments.run("sidae", name, scale), c.load(name), {}, name)]  # fmt: skip
+
+
+def augmentation(bench: Bench) -> list[Row]:
+    config, images = paper(bench, "simsiam", 512)
+
+    def views(what: str, build: Callable, *args: bool, of: Contender | None = None, needs: str = "") -> Contender:
+        return Contender(what, partial(build, bench, images, config.batch, *args), "views/s", of, needs)
+
+    ours = [views("ours", c.ours, False)] + ([] if bench.quick else [views("ours, compiled", c.ours, True)])
+    return measure(bench, [*ours, views("torchvision v2, PIL, one worker", c.torchvision, True, of=ours[-1]),
+                           views("torchvision v2, tensors, one worker", c.torchvision, False, of=ours[-1]),
+                           views("kornia", c.kornia, of=ours[-1], needs="kornia")])  # fmt: skip
+
+
+def probe(bench: Bench) -> list[Row]:
+    """A pipeline of no ops has another name than `none`, so `evaluate` runs the backbone in every epoch for it."""
+    augment.VIEWS["bare"] = augment.Views((), ())
+    config, images = paper(bench, "simsiam", 512)
+    images = c.cut(images, 256 if bench.quick else 2_000 if bench.device.type == "cpu" else 50_000)
+    with tempfile.TemporaryDirectory() as folder:
+        train.Run(config, images, bench.device).save_backbone(Path(folder), 0)
+
+        def contender(what: str, pipeline: str, of: Contender | None = None) -> Contender:
+            ask = EvalConfig(run=config, epoch=0, augment=pipeline)
+            info = {"n_train": len(images.split("train").labels)}
+
+            def repeat() -> float:
+                began = time.perf_counter()
+                record = evaluate.evaluate(ask, images, Path(folder) / "backbone-e000.safetensors", device=bench.device)
+                info["accuracy"] = record["accuracy"]
+                return time.perf_counter() - began
+
+            return Contender(what, lambda: repeat, "seconds", of, info=info)
+
+        cached = contender("cached features", "none")
+        rows = measure(bench, [cached, contender("backbone in every epoch", "bare", cached)])
+    one, other = (row["accuracy"] for row in rows)
+    assert abs(one - other) <= 0.5, f"accuracies {one} and {other} are more than rounding apart"
+    return rows
+
+
+def growth(bench: Bench) -> list[Row]:
+    def point(what: str, at: int, function: Callable, *args) -> Contender:
+        info = {"at": at}
+
+        def repeat() -> float:
+            with fresh() as process:
+                row = process.submit(function, *args).result()
+            info.update({k: max(v, info.get(k, 0)) for k, v in row.items() if k != "seconds"})
+            return row["seconds"]
+
+        return Contender(what, lambda: repeat, "seconds", info=info)
+
+    def training(what: str, at: int, n: int, seconds: float = 1e6, scale: str = "laptop", **changes: int) -> Contender:
+        run = experiments.run("sidae", "cifar10", scale, **changes)
+        return point(what, at, c.train_once, run, n, bench.device, seconds)
+
+    n, once = 256 if bench.quick else 2_000, {"pool": 0, "epochs": 1}
+    points = [training("images", k, k, **once) for k in ((n,) if bench.quick else (1_000, 5_000, 20_000, 50_000))]
+    points += [training("epochs", k, n, **once | {"epochs": k}) for k in ((1,) if bench.quick else (1, 2, 4))]
+    points += [training("batch", k, n, **once, batch=k) for k in ((64,) if bench.quick else (64, 128, 256, 512))]
+    if not bench.quick:  # on a CPU it is stopped: the memory is the same
+        seconds = 60 if bench.device.type == "cpu" else 1e6
+        points.append(training("SidAE at paper scale, images", 50_000, 50_000, seconds, "paper"))
+    with tempfile.TemporaryDirectory() as stores:
+        for k in (10,) if bench.quick else (10, 100, 1_000, 10_000):
+            with fresh() as process:
+                process.submit(c.fill_store, f"{stores}/{k}", k).result()
+            points.append(point("records", k, c.read_store, f"{stores}/{k}", k))
+        return measure(bench, points)
+
+
+def floor(bench: Bench) -> list[Row]:
+    cuda = bench.device.type == "cuda"
+    sizes = (64, 128) if bench.quick else (512, 1024, 2048, 4096) + (8192, 16384) * cuda
+    out = [Contender("matrix product", partial(c.product, bench, n, p), "GFLOP/s", info={"size": n, "precision": p})
+           for p in ("fp32", "bf16")[: 1 + cuda] for n in sizes]  # fmt: skip
+    cases = [paper(bench, m, 256) for m in ("simsiam", "sidae", "dae")]
+    cases += [] if bench.quick else [(experiments.run("sidae", "cifar10", "laptop"), c.load("cifar10"))]
+    for config, images in cases:
+        for compiled in (False,) if bench.quick else (False, True):
+            run = config.replace(precision="bf16" if cuda and compiled else "fp32")
+            info = {"method": run.method, "width": run.width, "batch": run.batch, "precision": run.precision,
+                    "mode": "step" if compiled else "eager", "gflop_per_image": c.arithmetic(run) / run.batch / 1e9}
+            out.append(Contender("step alone", partial(c.alone, bench, run, images, compiled), info=info))
+    rows = measure(bench, out)
+    for row in rows:
+        if gflop := row.get("gflop_per_image"):
+            best = max(r["median"] for r in rows if "size" in r and r["precision"] == row["precision"])
+            row |= {"floor": best / gflop, "share": row["median"] * gflop / best}
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
+    "pretrain": pretrain, "sidae": sidae, "narrow": narrow, "augment": augmentation, "probe": probe, "growth": growth,
+    "floor": floor}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no section or round after so long")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results, or its subfolder quick")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
+    args = parser.parse_args(argv)
+    if args.data:
+        os.environ["SIDAE_DATA"] = str(args.data.resolve())
+    out = args.out or Path(__file__).parent / "results" / ("quick" if args.quick else "")
+    chosen = args.only.split(",")
+    try:
+        if unknown := [name for name in chosen if name not in SECTIONS]:
+            raise SidaeError(f"Unknown section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}.")
+        if args.repeats < 1:
+            raise SidaeError(f"--repeats must be at least 1, got {args.repeats}.")
+        deadline = time.monotonic() + 60 * args.minutes
+        bench = Bench(train.device_of(args.device), args.repeats, deadline, args.quick)
+        where = hardware(bench)
+        print(*(f"{k}: {v}" for k, v in where.items()), sep=", ")
+        for name in chosen:
+            if time.monotonic() > deadline:
+                print(f"{name} is left out: the time is up.")
+                continue
+            table = pd.DataFrame(SECTIONS[name](bench))
+            print(f"\n{name}\n{table.to_string(index=False, na_rep='', float_format='{:.4g}'.format)}", flush=True)
+            train.write(out / f"{name}.csv", table.assign(**where).to_csv(index=False).encode())
+    except SidaeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())

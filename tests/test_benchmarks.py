@@ -1,0 +1,114 @@
+"""The benchmark runs, takes turns, and counts the arithmetic of a step as one does by hand."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from sidae_lib import experiments
+
+ROOT = Path(__file__).resolve().parents[1]
+D, HIDDEN, PRED = 64, 64, 16  # heads of the smoke scale
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import __main__, contenders, timing
+
+    return SimpleNamespace(main=__main__.main, contenders=contenders, timing=timing)
+
+
+def test_command(tmp_path):
+    arguments = "--quick --only floor,augment --repeats 1 --device cpu --out".split()
+    command = [sys.executable, "-m", "benchmarks", *arguments, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("floor", "augment")}
+    assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(tables)
+    for name, table in tables.items():
+        assert name in done.stdout
+        assert {"what", "unit", "median", "spread", "n", "hardware", "cores", "torch", "threads"} <= set(table)
+        assert (table["median"] > 0).all() and (table["n"] == 1).all() and (table["spread"] == 0).all()
+        assert set(table["torch"]) == {torch.__version__} and set(table["threads"]) == {1}
+
+    views = tables["augment"].set_index("what")
+    assert ("kornia" in views.index) == (find_spec("kornia") is not None)
+    assert ("kornia is left out: kornia is not installed" in done.stdout) == (find_spec("kornia") is None)
+    rivals = views.drop("ours")
+    assert (rivals["ratio"] * views["median"]["ours"]).tolist() == pytest.approx(rivals["median"].tolist())
+
+    floor = tables["floor"]
+    best = floor.loc[floor["unit"] == "GFLOP/s", "median"].max()
+    steps = floor[floor["what"] == "step alone"]
+    assert list(steps["method"]) == ["simsiam", "sidae", "dae"]
+    assert (steps["floor"] * steps["gflop_per_image"]).tolist() == pytest.approx([best] * 3)
+    assert (steps["share"] * steps["floor"]).tolist() == pytest.approx(steps["median"].tolist())
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--only", "floor,speed"], "Unknown section speed; choose from pretrain, "),
+    (["--repeats", "0"], "--repeats must be at least 1, got 0."),
+])  # fmt: skip
+def test_bad_arguments(arguments, sentence, benchmarks, tmp_path, capsys):
+    assert benchmarks.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_contenders_take_turns(benchmarks):
+    timing, turns = benchmarks.timing, []
+    values = {"A": iter([2.0, 4.0, 9.0]), "B": iter([4.0, 12.0, 9.0])}
+
+    def contender(name, **more):
+        def repeat():
+            turns.append(name)
+            return next(values[name])
+
+        return timing.Contender(name, lambda: repeat, **more)
+
+    a = contender("A")
+    absent = contender("C", needs="a_package_that_nobody_has")
+    rows = timing.measure(timing.Bench(torch.device("cpu"), repeats=3), [a, absent, contender("B", of=a)])
+    assert turns == list("ABABAB")
+    assert [(r["what"], r["median"], r["spread"], r["n"]) for r in rows] == [("A", 4.0, 7.0, 3), ("B", 9.0, 8.0, 3)]
+    assert rows[1]["ratio"] == 2.0 and rows[1]["of"] == "A"  # the median of 2, 3 and 1, and not 9 / 4
+
+    values = {"A": iter([2.0, 4.0])}
+    late = timing.measure(timing.Bench(torch.device("cpu"), repeats=3, deadline=0.0), [contender("A")])
+    assert late[0]["n"] == 1
+
+
+def convolution(c_in, c_out, side, k):
+    """Multiply-adds of one image; a transposed convolution has as many, counted at the side of its input."""
+    return c_in * c_out * side**2 * k**2
+
+
+def test_arithmetic_is_the_sum_over_layers(benchmarks):
+    sides = ((3, 32, 17), (32, 64, 9), (64, 128, 5), (128, 256, 3), (256, 8, 2))  # small_cnn at 32 pixels, outputs
+    first, *others = (convolution(*s, 2) for s in sides)
+    project = 32 * HIDDEN + HIDDEN**2 + HIDDEN * D
+    predict = 2 * D * PRED
+    decode = D * 64 + sum(convolution(*s, 3) for s in ((64, 32, 1), (32, 16, 2), (16, 8, 4), (8, 8, 8), (8, 3, 16)))
+    heads = {"simsiam": predict, "dae": decode, "sidae": predict + decode}
+    for method, head in heads.items():
+        config = experiments.run(method, "digits", "smoke", batch=4)
+        macs = 3 * (first + sum(others) + project + head) - first  # nobody wants the gradient of the image
+        assert benchmarks.contenders.arithmetic(config) == 2 * 4 * 2 * macs  # views, images, multiply and add
+        assert benchmarks.contenders.arithmetic(config.replace(batch=8)) == 2 * benchmarks.contenders.arithmetic(config)
+
+
+def test_arithmetic_of_the_papers_network(benchmarks):
+    config = experiments.run("simsiam", "cifar10", "paper", batch=256)
+    stages = 0
+    for k, (c, side) in enumerate(((64, 8), (128, 4), (256, 2), (512, 1))):
+        stages += (4 if k == 0 else 3) * convolution(c, c, side, 3)
+        stages += 0 if k == 0 else convolution(c // 2, c, side, 3) + convolution(c // 2, c, side, 1)
+    first, heads = convolution(3, 64, 16, 7), 512 * 2048 + 2 * 2048**2 + 2 * 2048 * 512
+    assert benchmarks.contenders.arithmetic(config) == 2 * 256 * 2 * (3 * (first + stages + heads) - first)

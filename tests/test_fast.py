@@ -1,0 +1,50 @@
+"""Fast paths against the plain one: no further from it than the plain run is from itself after a 1e-7 nudge."""
+
+import pytest
+import torch
+
+from sidae_lib import data, experiments, train
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def config():
+    return experiments.run("sidae", "digits", "quick", batch=64, epochs=1)
+
+
+def trajectory(config, mode: str, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (20,) and all weights (P,) of 20 steps; nudge: added to the mean that every input is centred by."""
+    run = train.Run(config, data.by_fingerprint(config.data), torch.device("cpu"))
+    run.mean += nudge
+    run.set_mode(mode)
+    losses, drawn = [], run.draw(0)
+    for a, b in run.bounds[:STEPS]:
+        run.sums = {}
+        run.advance(drawn, a, b)
+        losses.append(run.sums["loss"].item() / (b - a))
+    return torch.tensor(losses), torch.cat([p.detach().flatten() for p in run.method.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["views", pytest.param("step", marks=pytest.mark.slow)])
+def test_compiled_equals_plain(config, mode):
+    losses, weights = trajectory(config, "eager")
+    nudged = [trajectory(config, "eager", n) for n in (1e-7, -1e-7, 2e-7)]
+    fast_losses, fast_weights = trajectory(config, mode)
+    assert (fast_losses - losses).norm() <= 2 * max((n - losses).norm() for n, _ in nudged)
+    assert (fast_weights - weights).norm() <= 2 * max((n - weights).norm() for _, n in nudged)
+    assert losses[-1] < losses[0]  # and the run is one that learns
+
+
+def test_one_compilation_serves_a_grid(config):
+    """Another seed, w and learning rate meet the views compiled for the first."""
+    trajectory(config, "views")
+    once = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    trajectory(config.replace(seed=1, w=0.9, lr=0.01), "views")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == once
+
+
+def test_mode_is_a_function_of_run_and_device():
+    config = experiments.run("sidae", "digits", "quick")
+    assert train.compile_mode(config, torch.device("cpu"), 8) == "eager"  # too short to repay the compiler's seconds
+    assert train.compile_mode(config, torch.device("cuda"), 10_000) == "step"
