@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from . import methods, paths, published
 from .config import RunConfig
-from .train import write
+from .train import device_of, provenance, write
 
 # Okabe & Ito's colours, one per method in every figure; baselines are grey lines
 COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F"}
@@ -266,3 +266,10 @@ def index(scale: str) -> Path:
     intro = "The paper's protocol." if scale == "paper" else "Below the paper's scale: trends at most."
     write(folder / "index.html", PAGE.format(scale=html.escape(scale), intro=intro, body="\n".join(body)).encode())
     return folder / "index.html"
+
+
+def timings(scale: str, clock: Sequence[dict[str, Any]]) -> None:
+    """figures/<scale>/timings.csv: how long each notebook of a batch run took from nothing, and on what."""
+    p = provenance(device_of("auto"))
+    table = pd.DataFrame(clock).assign(hardware=f"{p['device']}, {p['threads']} threads, torch {p['torch']}")
+    write(paths.figures(scale) / "timings.csv", table.to_csv(index=False).encode())

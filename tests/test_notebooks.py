@@ -1,0 +1,150 @@
+"""The notebooks as they are committed: parameters, outline, outputs; and that validation notices a changed default."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+from nbval.plugin import find_comment_markers
+
+from sidae_lib import experiments
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def code(path: Path) -> list[nbformat.NotebookNode]:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def checked(cell: nbformat.NotebookNode) -> bool:
+    return ("check", True) in list(find_comment_markers(cell.source))
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(o.text if o.output_type == "stream" else o.data.get("text/plain", "") for o in cell.outputs)
+
+
+def test_every_figure_has_one_notebook():
+    assert [p.stem.split("_", 1)[1] for p in NOTEBOOKS] == list(experiments.FIGURES)
+
+
+@each
+def test_parameters_are_typed_literals_at_smoke_scale(path):
+    first = code(path)[0]
+    assert first.metadata["tags"] == ["parameters"]
+    declared = papermill.inspect_notebook(path)
+    assert {"scale", "seeds", "device", "minutes"} <= set(declared)
+    for line, assignment in zip(first.source.splitlines(), ast.parse(first.source).body, strict=True):
+        parameter = declared.pop(assignment.target.id)
+        value = ast.literal_eval(assignment.value)
+        assert type(value).__name__ == assignment.annotation.id == parameter["inferred_type_name"], line
+        assert parameter["help"], f"no help: {line}"
+        assert assignment.target.id != "scale" or value == "smoke"
+    assert not declared
+
+
+@each
+def test_cells_are_short(path):
+    for cell in code(path):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 15 and max(map(len, lines)) <= 88, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 5, cell.source
+
+
+@each
+def test_headings_are_an_outline(path):
+    text = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.M)]
+    assert text.startswith("# ") and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+@each
+def test_it_is_committed_as_one_run_from_the_top(path):
+    cells = code(path)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert "execution" not in cell.metadata, "times of day"
+        for out in cell.outputs:
+            assert out.output_type != "error" and out.get("name") != "stderr", cell.source
+            assert "application/vnd.jupyter.widget-view+json" not in out.get("data", {}), "a stale progress bar"
+            assert "image/png" not in out.get("data", {}) or cell.metadata.get("alt"), f"no alt text: {cell.source}"
+        text = printed(cell)
+        assert not re.search(r"(?<![\w.<])(/[\w.-]+){2,}|\b[A-Z]:\\", text), f"a path of one machine: {text}"
+        assert not re.search(r"\b\d\d:\d\d:\d\d\b|\b0x[0-9a-f]{6,}", text), f"a time or an address: {text}"
+
+
+@each
+def test_validation_compares_the_run_keys_and_no_accuracy(path):
+    """nbval compares only cells with the marker, never images, and passes over a cell that was not executed."""
+    compared = [c for c in code(path) if checked(c)]
+    assert compared and all("NBVAL" not in c.source for c in code(path) if c not in compared)
+    assert all(o.output_type == "stream" for c in compared for o in c.outputs)
+    text = "".join(map(printed, compared))
+    runs, _ = experiments.FIGURES[path.stem.split("_", 1)[1]]("smoke")
+    assert runs and all(r.key() in text for r in runs)
+    assert "accuracy" not in text and "loss" not in text
+
+
+def validate(folder: Path, notebook: Path, edit: tuple[str, str, str] | None) -> subprocess.CompletedProcess:
+    """nbval on a copy of library and notebook, down to the cell that prints the keys, after one edit of the library."""
+    shutil.copytree(ROOT / "sidae_lib", folder / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    if edit:
+        module, old, new = edit
+        source = (folder / "sidae_lib" / module).read_text()
+        assert source.count(old) == 1
+        (folder / "sidae_lib" / module).write_text(source.replace(old, new))
+    nb = nbformat.read(notebook, as_version=4)
+    nb.cells = nb.cells[: 1 + next(i for i, c in enumerate(nb.cells) if c.cell_type == "code" and checked(c))]
+    (folder / "notebooks").mkdir()
+    nbformat.write(nb, folder / "notebooks" / notebook.name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env",
+               "--nbval-cell-timeout=300", "--rootdir=.", "notebooks"]
+    return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True,
+                          text=True, timeout=300)
+
+
+@pytest.mark.slow
+@each
+def test_validation_passes_on_the_library_as_it_is(tmp_path, path):
+    done = validate(tmp_path, path, None)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook, edit", [
+    (0, ("experiments.py", '"pred_hidden": 16', '"pred_hidden": 17')),
+    (1, ("experiments.py", '"pred_hidden": 16', '"pred_hidden": 17')),
+    (0, ("config.py", "lr: float = 0.03 ", "lr: float = 0.04 ")),  # not in the key, by design: the whole config is shown
+])
+def test_validation_fails_on_a_changed_default(tmp_path, notebook, edit):
+    done = validate(tmp_path, NOTEBOOKS[notebook], edit)
+    assert done.returncode == 1 and "Cell outputs differ" in done.stdout and "1 failed" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_more_seeds_reach_the_figure(store):
+    """Through papermill, as a batch run does it; the second call reads what the first has recorded."""
+    notebook = ROOT / "notebooks" / "01_accuracy_vs_epochs.ipynb"
+    tables, said = [], []
+    for seeds in ([0], [0, 1]):
+        out = papermill.execute_notebook(notebook, store / "out.ipynb", {"datasets": ["digits"], "seeds": seeds},
+                                         kernel_name="python3", cwd=store, progress_bar=False)
+        tables.append(pd.read_csv(store / "figures" / "smoke" / "accuracy_vs_epochs.csv"))
+        said += re.findall(r"\d+ are computed now, \d+ are read", "".join(printed(c) for c in out.cells if "outputs" in c))
+    one, two = tables
+    assert set(one["n"]) == {1} and one["se"].isna().all()
+    assert set(two["n"]) == {2} and two["se"].notna().all() and len(two) == len(one)
+    assert not one["mean"].equals(two["mean"])
+    assert said == ["50 are computed now, 0 are read", "50 are computed now, 50 are read"]

@@ -1,0 +1,46 @@
+"""The README says what the records say."""
+
+import re
+
+import pandas as pd
+
+from sidae_lib import figures, paths, runs
+from sidae_lib.__main__ import readme
+
+TEXT = (paths.ROOT / "README.md").read_text()
+
+
+def test_its_tables_are_those_of_the_records():
+    assert readme(TEXT) == TEXT, "run `python -m sidae_lib readme`"
+
+
+def test_its_results_are_the_means_of_the_published_records():
+    """By another way than the command: straight from the JSON."""
+    rows = re.findall(r"\| (.+?) \| ([\d.]+) % = .*?\| (.+?) \| ([\d.]+)(?: \(.*?\))?, (\d+) \|", TEXT)
+    assert len(rows) >= 10
+    names = {v: k for k, v in figures.NAMES.items()}
+    for display, share, method, mean, n in rows:
+        accuracies = [
+            r["accuracy"] for r in runs.every("eval-*", (paths.records(),))
+            if r["data"]["display"] == display and r["config"].get("labels", 1.0) == float(share) / 100
+            and r["config"]["run"]["method"] == names[method] and r["kind"] in ("linear", "classifier")
+            and r["epoch"] == r["config"]["run"].get("epochs", 200)
+        ]  # fmt: skip
+        assert len(accuracies) == int(n) and round(sum(accuracies) / len(accuracies), 2) == float(mean)
+
+
+def test_its_minutes_are_the_batch_runs():
+    for path in paths.figures("").glob("*/timings.csv"):
+        for t in pd.read_csv(path).itertuples():
+            assert f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} |" in TEXT
+
+
+def test_its_links_and_images_are_there():
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", TEXT):
+        assert (paths.ROOT / link).exists(), link
+
+
+def test_its_example_runs(store):
+    """The block under "Change something", at smoke scale."""
+    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1].replace('"quick"', '"smoke"')
+    exec(compile(code, "README", "exec"), {})
