@@ -1,6 +1,7 @@
 """What a backbone is worth: linear probe, logistic regression, kNN, fine-tuning. One record per evaluation."""
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,9 @@ from .data import Images, subset
 from .train import batches, lr_at, provenance
 
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier")
+
+
+_recent: dict[tuple, Tensor] = {}  # features lately computed
 
 
 def check(config: EvalConfig) -> None:
@@ -132,7 +136,15 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     y, y_test = images.split("train").labels[train].to(device), split.labels[scored].to(device)
     x, x_test, classes = images.split("train").images[train], split.images[scored], len(images.classes)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    embed = lambda pixels: features(net, pixels, stats=stats, device=device)  # noqa: E731
+
+    def embed(pixels: Tensor) -> Tensor:
+        """Features, computed once for all the probes of a checkpoint: they are named by what they are made of."""
+        key = (str(weights), weights.stat().st_mtime_ns, hashlib.sha256(pixels.numpy()).digest(), str(stats), device)
+        if key not in _recent:
+            while len(_recent) >= 4:  # the test images, and the training images of a few shares of the labels
+                del _recent[next(iter(_recent))]
+            _recent[key] = features(net, pixels, stats=stats, device=device)
+        return _recent[key]
 
     if config.kind == "classifier":
         if net.classifier is None or config.data:

@@ -83,15 +83,16 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield fig
 
 
-def save(fig: Figure, name: str, scale: str, table: pd.DataFrame, note: str = "") -> Figure:
+def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
     """figures/<scale>/<name>.{svg,png,csv}, stamped with the scale unless it is the paper's; returns the figure."""
     n = sorted(set(table["n"])) if "n" in table else []
-    parts = [f"{scale} scale" + ("" if scale == "paper" else ", not the paper's protocol")]
-    parts += [f"n = {n[0]} seed{'s' * (n[0] > 1)}" if len(n) == 1 else f"n = {n[0]} to {n[-1]} seeds"] if n else []
-    parts += sorted(set(table["hardware"])) if "hardware" in table else []
-    fig.text(0.995, 0.003, "; ".join([*parts, *([note] if note else [])]), ha="right", va="bottom", fontsize=6,
+    stamp = f"{scale} scale" + ("" if scale == "paper" else ", not the paper's protocol")
+    if n:
+        stamp += f"; n = {n[0]} seed{'s' * (n[0] > 1)}" if len(n) == 1 else f"; n = {n[0]} to {n[-1]} seeds"
+    lines = [stamp, *(sorted(set(table["hardware"])) if "hardware" in table else [])]
+    fig.text(0.995, 0.003, "\n".join(lines), ha="right", va="bottom", fontsize=6,
              color="#7F0000" if scale != "paper" else "#444444")
-    below = 0.12 / fig.get_figheight()  # room for that line
+    below = 0.12 * len(lines) / fig.get_figheight()  # room for these lines
     fig.get_layout_engine().set(rect=(0, below, 1, 1 - below))
     folder = paths.figures(scale)
     write(folder / f"{name}.csv", table.to_csv(index=False).encode())
@@ -125,7 +126,7 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
                 own = end[(end["data"] == sets[column]) & (end["labels"] == shares[row]) & (end["method"] == method)]
                 own = own.dropna(subset="published")
                 ax.errorbar(own["of"] * 1.06, own["published"], own["published_se"], fmt=marker, ms=4, mfc="none",
-                            color=colour, lw=0.8, label=f"{name}, published" if len(own) else None)
+                            color=colour, lw=0.8, label="Published (hollow)" if len(own) else None)
             ax.set_title(f"{part['display'].iloc[0]}, {percent(shares[row])} of labels", wrap=True)
             ax.set_xlabel("pre-training epochs")
             ax.xaxis.get_major_locator().set_params(integer=True)

@@ -282,6 +282,7 @@ def test_the_backbone_stays_what_it_was(changes, images, weights, monkeypatch):
 
 
 def test_a_changed_backbone_is_caught(images, weights, monkeypatch):
+    monkeypatch.setattr(evaluate, "_recent", {})
     load = networks.load
     monkeypatch.setattr(networks, "load", lambda path: load(path).train())  # BatchNorm moves: the mistake it guards
     with pytest.raises(SidaeError, match="^The evaluation changed the frozen backbone's .*\\.$"):
@@ -419,3 +420,21 @@ def test_bad_input_is_one_sentence(name, kind, images, weights):
         measure(change(images), weights, **{"kind": kind, **changes})
     message = str(error.value)
     assert text in message and "\n" not in message and message.endswith(".")
+
+
+def test_features_are_computed_once_per_checkpoint_and_set(images, weights, trained, monkeypatch):
+    """Three probes meet two sets of pixels; other labels, other weights or other pixels are computed for themselves."""
+    seen, features = [], evaluate.features
+    monkeypatch.setattr(evaluate, "_recent", {})
+    monkeypatch.setattr(evaluate, "features", lambda net, x, **more: seen.append(len(x)) or features(net, x, **more))
+    for kind in ("linear", "logistic", "knn"):
+        measure(images, weights, kind=kind)
+    assert seen == [97, 50]
+    measure(images, weights, kind="knn", labels=0.5)
+    assert seen == [97, 50, 48]
+    measure(images, trained[SUPERVISED], kind="knn")
+    assert sorted(seen[3:]) == [50, 97]
+    darker = Images(**{**vars(images), "splits": images.splits | {"test": Split(images.splits["test"].images // 2,
+                                                                                images.splits["test"].labels)}})
+    measure(darker, trained[SUPERVISED], kind="knn")
+    assert seen[5:] == [50]

@@ -142,9 +142,9 @@ def test_more_seeds_reach_the_figure(store):
         out = papermill.execute_notebook(notebook, store / "out.ipynb", {"datasets": ["digits"], "seeds": seeds},
                                          kernel_name="python3", cwd=store, progress_bar=False)
         tables.append(pd.read_csv(store / "figures" / "smoke" / "accuracy_vs_epochs.csv"))
-        said += re.findall(r"\d+ are computed now, \d+ are read", "".join(printed(c) for c in out.cells if "outputs" in c))
+        said += re.findall(r"\d+ records .* read", "".join(printed(c) for c in out.cells if "outputs" in c))
     one, two = tables
     assert set(one["n"]) == {1} and one["se"].isna().all()
     assert set(two["n"]) == {2} and two["se"].notna().all() and len(two) == len(one)
     assert not one["mean"].equals(two["mean"])
-    assert said == ["50 are computed now, 0 are read", "50 are computed now, 50 are read"]
+    assert said == ["50 records are computed now, 0 are read", "50 records are computed now, 50 are read"]

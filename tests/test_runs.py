@@ -199,3 +199,11 @@ def test_ten_thousand_records_to_a_table(store):
     began = time.perf_counter()
     assert len(figures.evaluations(list(runs.every("eval-*")))) == 10_000
     assert time.perf_counter() - began < 10
+
+
+def test_time_left_is_estimated_from_recorded_rates(config):
+    longer = config.replace(epochs=3)
+    assert runs.seconds_left([longer]) is None  # nothing like it is recorded
+    [record] = runs.fetch_all([config], device="cpu", log=quiet)
+    assert runs.seconds_left([config]) == 0
+    assert runs.seconds_left([longer]) == pytest.approx(3 * 256 * record["seconds"] / record["images"], rel=1e-6)
