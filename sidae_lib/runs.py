@@ -109,7 +109,7 @@ def fetch_run(run: RunConfig, epochs: set[int], device: torch.device, deadline: 
 
 def fetch_eval(config: EvalConfig, device: torch.device) -> Record:
     """The record of an evaluation whose backbone is there."""
-    with _locked(folder(config) / f"lock-{config.key()}"):
+    with _locked(folder(config) / "lock"):
         if record := find(config):
             return record
         images = _load(config.data or config.run.data, config.run)
@@ -121,7 +121,7 @@ def missing(configs: Sequence[Config]) -> list[Config]:
     return [c for c in dict.fromkeys(configs) if find(c) is None]
 
 
-def fetch_all(configs: Sequence[Config], *, device: str = "auto", client: Any = None, minutes: float | None = None,
+def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float | None = None,
               log: Callable[[str], None] = print) -> list[Record]:  # fmt: skip
     """The records of runs and evaluations, in the order asked for: what is recorded is read, the rest is computed once.
 
