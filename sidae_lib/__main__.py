@@ -43,16 +43,18 @@ def readme(text: str) -> str:
     """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
     evals = [r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] in ("linear", "classifier")]
     table = figures.beside_published(figures.summary(figures.evaluations(evals)))
-    rows = ["| data | labels | method | ours: mean (SE), n | published: mean (SE) | scale and hardware |", "|---|---|---|---|---|---|"]
+    rows = ["| data | labels | method | ours: mean (SE), n | published: mean (SE) | scale and hardware |", "|---" * 6 + "|"]
     order = list(figures.NAMES)
     for r in sorted(table.itertuples(), key=lambda r: (r.display, -r.labels, order.index(r.method))):
         se = "" if r.n < 2 else f" ({r.se:.2f})"
         paper = "" if pd.isna(r.published) else f"{r.published:.2f} ({r.published_se:.2f})"
         share = f"{figures.percent(r.labels)} = {r.n_train:,}"
-        rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {r.mean:.2f}{se}, {r.n} | {paper} | laptop, {r.hardware} |")
+        ours = f"{r.mean:.2f}{se}, {r.n}"
+        rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {ours} | {paper} | laptop, {r.hardware} |")
     clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
     for path in sorted(paths.figures("").glob("*/timings.csv")):
-        clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |" for t in pd.read_csv(path).itertuples()]
+        clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"
+                  for t in pd.read_csv(path).itertuples()]
     for name, lines in (("results", rows), ("minutes", clock)):
         head, _, rest = text.partition(f"<!-- {name} -->")
         tail = rest.partition(f"<!-- /{name} -->")[2]

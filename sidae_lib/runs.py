@@ -74,7 +74,7 @@ def _locked(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         f = open(path, "w")
     except OSError as e:
-        raise SidaeError(f"The store {path.parent} cannot be written ({e.strerror}); set SIDAE_RUNS to a folder that can.") from e
+        raise SidaeError(f"The store {path.parent} cannot be written ({e.strerror}); set SIDAE_RUNS to one that can.") from e
     with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield

@@ -68,7 +68,7 @@ def training_pairs(config: RunConfig, images: Images) -> Tensor:
     else:
         i = subset(n, count=config.pool, seed=config.pool_seed) if config.pool else torch.arange(n)
     if len(i) < config.batch and not methods.METHODS[config.method].labels and config.epochs:
-        raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; choose a smaller batch.")
+        raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; choose a smaller one.")
     return torch.stack([i, i], 1)
 
 
@@ -252,7 +252,7 @@ class Run:
             self.set_mode(str(meta["mode"]))
             self.history, self.seconds = list(meta["history"]), float(meta["seconds"])
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError, IndexError) as e:
-            raise SidaeError(f"The checkpoint {path} is damaged ({type(e).__name__}); move it away and the run starts anew.") from e
+            raise SidaeError(f"The checkpoint {path} is damaged ({type(e).__name__}); without it the run starts anew.") from e
 
     def save_backbone(self, folder: Path, epoch: int) -> None:
         tensors = dict(self.method.backbone.state_dict())

@@ -74,7 +74,8 @@ def test_the_loop_is_plain_sgd(config, tmp_path):
         for k in range(4):
             rows = slice(64 * k, 64 * k + 64)
             x = images.split("train").images[order[rows]]
-            v1, v2 = (augment.apply(ops, x, {n: v[rows] for n, v in p.items()}, mean, std).contiguous(memory_format=torch.channels_last)
+            v1, v2 = (augment.apply(ops, x, {n: v[rows] for n, v in p.items()}, mean, std)
+                      .contiguous(memory_format=torch.channels_last)
                       for ops, p in zip((views.first, views.second), draws))
             clean = (x / 255 - mean) / std
             out = model.loss((v1, v2), {"x1": clean, "x2": clean, "mean": mean, "std": std})
@@ -136,7 +137,8 @@ def test_sigterm_leaves_a_checkpoint(tmp_path):
             "c = experiments.run('simsiam', 'digits', 'smoke', epochs=200)\n"
             "print('ready', flush=True)\n"
             "train.pretrain(c, data.by_fingerprint(c.data), Path(sys.argv[1]), device=torch.device('cpu'))")
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=pipe, stderr=pipe, text=True)
     assert process.stdout.readline() == "ready\n"
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
