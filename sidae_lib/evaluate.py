@@ -31,7 +31,7 @@ def check(config: EvalConfig) -> None:
 
 
 @torch.no_grad()
-def features(net: nn.Module, images: Tensor, *, stats: tuple, device: torch.device, batch: int = 1000) -> Tensor:
+def features(net: nn.Module, images: Tensor, *, stats: tuple, device: torch.device, batch: int = 250) -> Tensor:
     """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std)."""
     mean, std = (torch.tensor(s, device=device).view(-1, 1, 1) for s in stats)
     chunks = (c.to(device) for c in images.split(batch))

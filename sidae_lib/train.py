@@ -68,7 +68,7 @@ def training_pairs(config: RunConfig, images: Images) -> Tensor:
     else:
         i = subset(n, count=config.pool, seed=config.pool_seed) if config.pool else torch.arange(n)
     if len(i) < config.batch and not methods.METHODS[config.method].labels and config.epochs:
-        raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; choose a smaller one.")
+        raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; take a smaller.")
     return torch.stack([i, i], 1)
 
 
