@@ -68,7 +68,7 @@ def training_pairs(config: RunConfig, images: Images) -> Tensor:
     else:
         i = subset(n, count=config.pool, seed=config.pool_seed) if config.pool else torch.arange(n)
     if len(i) < config.batch and not methods.METHODS[config.method].labels and config.epochs:
-        raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; take a smaller.")
+        raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; take a smaller one.")
     return torch.stack([i, i], 1)
 
 
@@ -85,7 +85,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "package": __version__, "commit": git.stdout.strip() or None, "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
 
