@@ -28,7 +28,7 @@ _SMALL = {"backbone": "small_cnn", "dim": 64, "hidden": 64, "pred_hidden": 16, "
 _NARROW = {"width": 16, "dim": 256, "hidden": 256, "pred_hidden": 64, "decoder": 128}
 SCALES: dict[str, Scale] = {
     # tests and notebook validation: seconds
-    "smoke": Scale(("digits", "photos"), (0,), (1.0, 0.1), {"digits": 2, "photos": 2}, 2, {**_SMALL, "batch": 64},
+    "smoke": Scale(("digits", "photos"), (0,), (0.2, 0.1), {"digits": 2, "photos": 2}, 2, {**_SMALL, "batch": 64},
                    {"digits": 256, "photos": 256}, (20, 5), 2),
     # everything works, no download: minutes
     "quick": Scale(("digits", "photos"), (0,), (1.0, 0.1), {"digits": 30, "photos": 8}, 4, {**_NARROW, "batch": 128},

@@ -39,7 +39,7 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "data": r["data"]["name"], "display": r["data"]["display"], "method": run.method, "w": run.w,
             "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "kind": r["kind"],
             "labels": r["config"].get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
-            "hardware": f"{p['device']}, {p['threads']} threads", "run_key": r["run_key"],
+            "hardware": f"{p['device']}, {p['threads']} thread{'s' * (p['threads'] > 1)}", "run_key": r["run_key"],
         })
     return pd.DataFrame(rows)
 
