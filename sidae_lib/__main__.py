@@ -41,16 +41,16 @@ def _list(args: argparse.Namespace) -> None:
 
 def readme(text: str) -> str:
     """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
-    evals = [r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] in ("linear", "classifier")]
-    table = figures.beside_published(figures.summary(figures.evaluations(evals)))
+    published = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
     rows = ["| data | labels | method | ours: mean (SE), n | published: mean (SE) | scale and hardware |", "|---" * 6 + "|"]
     order = list(figures.NAMES)
-    for r in sorted(table.itertuples(), key=lambda r: (r.display, -r.labels, order.index(r.method))):
-        se = "" if r.n < 2 else f" ({r.se:.2f})"
-        paper = "" if pd.isna(r.published) else f"{r.published:.2f} ({r.published_se:.2f})"
-        share = f"{figures.percent(r.labels)} = {r.n_train:,}"
-        ours = f"{r.mean:.2f}{se}, {r.n}"
-        rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {ours} | {paper} | laptop, {r.hardware} |")
+    for scale in ("laptop", "paper"):
+        if found := [published[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in published]:
+            table = figures.beside_published(figures.summary(figures.evaluations(found)))
+            for r in sorted(table.itertuples(), key=lambda r: (r.display, -r.labels, order.index(r.method))):
+                share = f"{figures.percent(r.labels)} = {r.n_train:,}"
+                rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {r.ours}, {r.n} | {r.paper} | "
+                            f"{scale}, {r.hardware} |")
     clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
     for path in sorted(paths.figures("").glob("*/timings.csv")):
         clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"
