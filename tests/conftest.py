@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+import sidae_lib  # noqa: F401  (before torch: it says how OpenMP threads wait)
+
 os.environ["MPLBACKEND"] = "agg"  # before any test imports matplotlib, and for every process a test starts
 
 

@@ -10,7 +10,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def config():
-    return experiments.run("sidae", "digits", "quick", batch=64, epochs=1)
+    return experiments.run("sidae", "digits", "smoke", pool=0, epochs=1)  # a small network compiles in seconds
 
 
 def trajectory(config, mode: str, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
