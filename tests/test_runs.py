@@ -179,7 +179,8 @@ def test_store_in_place_of_a_file(config):
 def test_summary_is_mean_and_standard_error():
     import pandas as pd
 
-    frame = pd.DataFrame({"method": "sidae", "seed": range(4), "accuracy": [1.0, 2.0, 3.0, 6.0], "run_key": list("abcd")})
+    frame = pd.DataFrame({"method": "sidae", "seed": range(4), "accuracy": [1.0, 2.0, 3.0, 6.0], "run_key": list("abcd"),
+                          "hardware": "a processor"})
     row = figures.summary(frame).iloc[0]
     assert (row["mean"], row["n"]) == (3.0, 4)
     assert row["se"] == pytest.approx((14 / 3) ** 0.5 / 2, abs=1e-4)  # sd with n - 1, over sqrt(n)
