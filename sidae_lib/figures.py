@@ -29,17 +29,21 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
          "legend.frameon": False, "svg.hashsalt": "sidae", "savefig.dpi": 200}
 
 
+def hardware(p: dict[str, Any]) -> str:
+    """What a provenance says of the machine, for tables and stamps."""
+    return f"{p['device']}, {p['threads']} thread{'s' * (p['threads'] > 1)}"
+
+
 def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per evaluation record: what was trained, what was measured, accuracy in percent, and on what hardware."""
     rows = []
     for r in records:
         run = RunConfig.from_dict(r["config"]["run"])
-        p = r["provenance"]
         rows.append({
             "data": r["data"]["name"], "display": r["data"]["display"], "method": run.method, "w": run.w,
             "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "kind": r["kind"],
             "labels": r["config"].get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
-            "hardware": f"{p['device']}, {p['threads']} thread{'s' * (p['threads'] > 1)}", "run_key": r["run_key"],
+            "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
         })
     return pd.DataFrame(rows)
 
@@ -272,5 +276,5 @@ def index(scale: str) -> Path:
 def timings(scale: str, clock: Sequence[dict[str, Any]]) -> None:
     """figures/<scale>/timings.csv: how long each notebook of a batch run took from nothing, and on what."""
     p = provenance(device_of("auto"))
-    table = pd.DataFrame(clock).assign(hardware=f"{p['device']}, {p['threads']} threads, torch {p['torch']}")
+    table = pd.DataFrame(clock).assign(hardware=f"{hardware(p)}, torch {p['torch']}")
     write(paths.figures(scale) / "timings.csv", table.to_csv(index=False).encode())
