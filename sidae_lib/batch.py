@@ -183,11 +183,12 @@ def main(argv: list[str] | None = None) -> int:
           f"they are in {out}")
     if failed:
         print(f"Failed: {', '.join(failed)}; see the .html and the .log of each")
-    from . import figures  # torch and matplotlib: late, so that a mistyped call is refused at once
+    from . import experiments, figures, runs  # torch and matplotlib: late, so that a mistyped call is refused at once
 
     if args.fresh:  # only a run that computed everything says how long everything takes
         figures.timings(args.scale, clock)
-    print(f"Figures: {figures.index(args.scale)}")
+    page = figures.index(args.scale, runs.recorded(experiments.evaluations(args.scale)), sorted(out.glob("*.html")))
+    print(f"Figures: {page}")
     return 1 if failed else 0
 
 

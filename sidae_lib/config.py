@@ -201,6 +201,8 @@ class EvalConfig(_Config):
     k: int = 200  # knn: neighbours
     tau: float = 0.1  # knn: weight exp(cosine / tau)
     C: float = 1.0  # logistic: inverse strength of the L2 penalty
+    points: int = 1000  # tsne: test images on the map at most, drawn by label_seed
+    perplexity: float = 30.0  # tsne
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,7 +210,7 @@ class EvalConfig(_Config):
         for name, asked, own in (("epoch", -1, run.epochs), ("seed", -1, run.seed), ("data", run.data, "")):
             if getattr(self, name) == asked:
                 object.__setattr__(self, name, own)
-        self._ranges(positive=("fit_epochs", "k", "tau", "C"), not_negative=("backbone_lr",))
+        self._ranges(positive=("fit_epochs", "k", "tau", "C", "points", "perplexity"), not_negative=("backbone_lr",))
         self._require(0 <= self.epoch <= run.epochs,
                       f"epoch must lie in 0 to {run.epochs}, the length of its run, got {self.epoch}.")  # fmt: skip
         self._require(-1 <= self.fold <= 9, f"fold must lie in 0 to 9, or be -1 for all, got {self.fold}.")

@@ -17,7 +17,7 @@ from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .train import batches, lr_at, provenance
 
-KINDS = ("linear", "logistic", "knn", "finetune", "classifier")
+KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne")
 
 
 _recent: dict[tuple, Tensor] = {}  # features lately computed
@@ -122,6 +122,27 @@ def _logistic(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor) -> Tensor:
     return torch.from_numpy(model.fit(x.cpu().numpy(), y.cpu().numpy()).predict(test.cpu().numpy()))
 
 
+def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
+    """What a picture of features shows, so that it is drawn again without weights: test points on two maps, each with its
+    trustworthiness (Venna & Kaski 2001: 1 = every neighbour on the map is one in feature space), and the first queries
+    with their nearest training images by cosine, as places in the chosen labels.
+
+    x: (N, F) test features, of which config.points are taken, the same for every network.  bank: (M, F).
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE, trustworthiness
+
+    taken = subset(len(x), count=min(config.points, len(x)), seed=config.label_seed)
+    z = x[taken.to(x.device)].cpu().numpy()
+    maps = {"tsne": TSNE(2, perplexity=config.perplexity, init="pca", random_state=config.seed), "pca": PCA(2)}
+    out: dict[str, Any] = {"points": taken.tolist()}
+    for name, model in maps.items():
+        xy = model.fit_transform(z)
+        out[name] = {"xy": xy.round(3).tolist(), "trustworthiness": round(float(trustworthiness(z, xy)), 4)}
+    near = (F.normalize(x[taken[:6].to(x.device)], dim=1) @ F.normalize(bank, dim=1).T).topk(min(5, len(bank)), dim=1)
+    return out | {"neighbours": near.indices.tolist()}
+
+
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
     """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows.
 
@@ -150,7 +171,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         if net.classifier is None or config.data:
             raise SidaeError("kind classifier scores a supervised run's own classifier, on that run's own data set.")
         predicted = F.linear(embed(x_test), *(t.to(device) for t in net.classifier)).argmax(1)
-    elif config.kind == "knn":
+    elif config.kind in ("knn", "tsne"):
         predicted = knn(embed(x_test), embed(x), y, classes, k=config.k, tau=config.tau).argmax(1)
     elif config.kind == "logistic":
         predicted = _logistic(config, embed(x), y, embed(x_test)).to(device)
@@ -161,6 +182,11 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         changes = config.kind == "finetune" or config.bn == "train"  # then it is a copy that changes
         model = _fit_network(config, copy.deepcopy(net) if changes else net, x, y, classes, stats)
         predicted = features(model, x_test, stats=stats, device=device).argmax(1)
+    extra = {}
+    if config.kind == "tsne":
+        extra = picture(config, embed(x_test), embed(x))
+        extra["neighbours"] = [[int(train[j]) for j in row] for row in extra["neighbours"]]
+        extra["labels"] = y_test[extra["points"]].tolist()
     for k, v in net.state_dict().items():  # SimSiam's sanity check: a frozen backbone is what it was
         if not torch.equal(v, before[k]):
             raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
@@ -173,5 +199,5 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         "accuracy": round(100 * (predicted == y_test).double().mean().item(), 4),
         "per_class": [round(float(v), 4) for v in per_class], "confusion": confusion.tolist(),
         "classes": list(images.classes), "n_train": len(y), "n_test": len(y_test),
-        "seconds": round(time.perf_counter() - began, 3), "provenance": provenance(device),
+        "seconds": round(time.perf_counter() - began, 3), "provenance": provenance(device), **extra,
     }  # fmt: skip

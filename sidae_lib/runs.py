@@ -116,6 +116,11 @@ def fetch_eval(config: EvalConfig, device: torch.device) -> Record:
         return _keep(config, evaluate.evaluate(config, images, backbone(config.run, config.epoch), device=device))
 
 
+def recorded(configs: Sequence[Config]) -> list[Record]:
+    """The records that are there, each once."""
+    return [r for c in dict.fromkeys(configs) if (r := find(c)) is not None]
+
+
 def missing(configs: Sequence[Config]) -> list[Config]:
     """Those without a record."""
     return [c for c in dict.fromkeys(configs) if find(c) is None]

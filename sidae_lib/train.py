@@ -180,16 +180,20 @@ class Run:
         self.view1, self.view2 = (_view(self.config.augment, n, mode == "views") for n in (0, 1))
         self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False) if mode == "step" else self.forward
 
-    def forward(self, xi: Tensor, xj: Tensor, p1: Params, p2: Params, batch: dict[str, Tensor]) -> tuple[dict, dict]:
-        """uint8 images -> views -> the method's scalars, and the sums that z_std is made of."""
-        with torch.no_grad():
-            v1, v2 = self.view1(xi, p1, self.mean, self.std), self.view2(xj, p2, self.mean, self.std)
-            x1 = (xi / 255 - self.mean) / self.std
-            x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
+    @torch.no_grad()
+    def see(self, xi: Tensor, xj: Tensor, p1: Params, p2: Params, batch: dict[str, Tensor]) -> tuple[tuple, dict]:
+        """uint8 images and parameters -> the two views and the batch, as methods expect them."""
+        v1, v2 = self.view1(xi, p1, self.mean, self.std), self.view2(xj, p2, self.mean, self.std)
+        x1 = (xi / 255 - self.mean) / self.std
+        x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
         batch = {**batch, "x1": x1, "x2": x2, "mean": self.mean, "std": self.std, "w": self.w}
-        v1, v2 = (v.contiguous(memory_format=torch.channels_last) for v in (v1, v2))
+        return tuple(v.contiguous(memory_format=torch.channels_last) for v in (v1, v2)), batch
+
+    def forward(self, *samples: Any) -> tuple[dict, dict]:
+        """What `see` takes -> the method's scalars, and the sums that z_std is made of."""
+        views, batch = self.see(*samples)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            out = self.method.loss((v1, v2), batch)
+            out = self.method.loss(views, batch)
         zn = F.normalize(out.pop("z").float(), dim=1)
         return out, {"z": zn.sum(0), "zz": zn.square().sum(0)}
 
@@ -200,12 +204,24 @@ class Run:
         draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator)
         return order, *({k: v.to(self.device) for k, v in p.items()} for p in draws)
 
-    def advance(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> None:
-        """One optimiser step on samples a to b of a drawn epoch."""
+    def samples(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> tuple:
+        """Samples a to b of a drawn epoch, as `see` takes them."""
         (i, j), (p1, p2) = drawn[0][a:b].unbind(1), ({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
-        out, moments = self.compiled(xi, self.images[j] if self.paired else xi, p1, p2, batch)
+        return xi, self.images[j] if self.paired else xi, p1, p2, batch
+
+    def gauges(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> dict[str, float]:
+        """The method's gauges on these samples; BatchNorm's statistics, which the look would move, are put back."""
+        before = {k: v.clone() for k, v in self.method.named_buffers()}
+        out = {k: v.item() for k, v in self.method.gauges(*self.see(*self.samples(drawn, a, b))).items()}
+        for k, v in self.method.named_buffers():
+            v.copy_(before[k])
+        return out
+
+    def advance(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> None:
+        """One optimiser step on samples a to b of a drawn epoch."""
+        out, moments = self.compiled(*self.samples(drawn, a, b))
         self.optimizer.zero_grad()
         out["loss"].backward()
         lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule)
@@ -312,7 +328,8 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
             run.seconds += time.perf_counter() - began
             bar.update()
             if run.step % per_epoch == 0:
-                _end_epoch(run, path.parent, keep, bar)
+                gauges = run.gauges(drawn, a, b) if (epoch + 1) % max(1, config.epochs // 10) == 0 else {}
+                _end_epoch(run, path.parent, keep, bar, gauges)
             late = deadline is not None and time.monotonic() > deadline
             if stop.signal or late or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _finite(run, checkpointed)
@@ -339,12 +356,12 @@ def _finite(run: Run, checkpointed: int) -> None:
                 raise SidaeError(f"Weight {name} is not finite at {at} of {run.config.method} {run.config.key()}; {last}.")
 
 
-def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm) -> None:
-    """Turn the sums into the epoch's line of the record."""
+def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[str, float]) -> None:
+    """Turn the sums and gauges into the epoch's line of the record."""
     epoch, n = run.step // len(run.bounds), run.sums.pop("n")
     total, square = run.sums.pop("z"), run.sums.pop("zz")
     spread = networks.z_std(total, square, n).item()
-    line = {"epoch": epoch} | {k: (v / n).item() for k, v in run.sums.items()} | {"z_std": spread}
+    line = {"epoch": epoch} | {k: (v / n).item() for k, v in run.sums.items()} | {"z_std": spread} | gauges
     seconds = run.seconds - sum(h["seconds"] for h in run.history)
     line |= {"seconds": round(seconds, 4), "images_per_second": round(n.item() / seconds, 1)}
     if spread < 0.1 / math.sqrt(len(total)) and not run.method.labels:

@@ -44,6 +44,10 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def gauges(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Further scalars for the record, taken now and then on one batch; arguments as in `loss`."""
+        return {}
+
     def after_step(self, progress: float) -> None:
         """Fill queues, move momentum weights and centres from what `loss` staged; progress in [0, 1] of the run."""
 

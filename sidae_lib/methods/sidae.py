@@ -1,5 +1,6 @@
 """SidAE, and the two methods it joins: "Self-Supervised Siamese Autoencoders" (arXiv:2304.02549) on one screen."""
 
+import torch
 from torch import Tensor, nn
 
 from .. import losses, networks
@@ -35,7 +36,15 @@ class SidAE(Method):
 
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         z1, z2 = (self.projector(self.backbone(v)) for v in views)  # f: encoder with projector, Fig. 2    (B, D)
-        out = {"z": z1.detach()}
+        out = {"z": z1.detach(), **self.terms(z1, z2, views, batch)}
+        if len(out) == 3:
+            out["loss"] = losses.sidae(out["l_si"], out["l_dae"], batch.get("w", self.w))
+        else:
+            out["loss"] = out["l_si"] if self.decoder is None else out["l_dae"]
+        return out
+
+    def terms(self, z1: Tensor, z2: Tensor, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
         if self.predictor is not None:
             p1, p2 = self.predictor(z1), self.predictor(z2)  # h                                           (B, D)
             out["l_si"] = (losses.neg_cosine(p1, z2) + losses.neg_cosine(p2, z1)) / 2  # eq. 1
@@ -43,11 +52,15 @@ class SidAE(Method):
             t1, t2 = self.targets(views, batch)  # the undisturbed image, Sec. 3.1
             e1, e2 = (losses.recon_mse(self.decoder(z), t, self.config.recon) for z, t in ((z1, t1), (z2, t2)))  # g
             out["l_dae"] = (e1 + e2) / 2  # no stop-gradient: the decoder's gradient reaches the backbone
-        if len(out) == 3:
-            out["loss"] = losses.sidae(out["l_si"], out["l_dae"], batch.get("w", self.w))
-        else:
-            out["loss"] = out["l_si"] if self.decoder is None else out["l_dae"]
         return out
+
+    def gauges(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What w really balances: the norm of each term's gradient at (z1, z2), before w."""
+        if self.predictor is None or self.decoder is None:
+            return {}
+        z = [self.projector(self.backbone(v)).detach().requires_grad_() for v in views]
+        return {k.replace("l_", "grad_"): torch.cat(torch.autograd.grad(term, z)).norm()
+                for k, term in self.terms(*z, views, batch).items()}
 
     def targets(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         t = (batch["x1"], batch["x2"]) if self.config.recon_target == "clean" else views
