@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from sidae_lib.data import Images
 
 from . import contenders as c
 from .timing import Bench, Contender, Row, fresh, hardware, measure
+
+Rows = Iterable[Row]
 
 
 def paper(bench: Bench, method: str, batch: int) -> tuple[RunConfig, Images]:
@@ -56,24 +58,26 @@ def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, C
         return measure(bench, out)
 
 
-def pretrain(bench: Bench) -> list[Row]:
+def pretrain(bench: Bench) -> Rows:
     rivals = {"lightly's example": c.lightly_example, "torchvision on PIL": c.plain}
-    batches = (16,) if bench.quick else (256, 512)
-    return [row for batch in batches for row in compare(bench, *paper(bench, "simsiam", batch), rivals)]
+    for batch in (16,) if bench.quick else (256, 512):
+        yield from compare(bench, *paper(bench, "simsiam", batch), rivals)
 
 
-def sidae(bench: Bench) -> list[Row]:
-    cases = [(m, b) for b in ((16,) if bench.quick else (256, 512)) for m in ("sidae", "dae")]
-    return [row for case in cases for row in compare(bench, *paper(bench, *case), {"torchvision on PIL": c.plain})]
+def sidae(bench: Bench) -> Rows:
+    for batch in (16,) if bench.quick else (256, 512):
+        for method in ("sidae", "dae"):
+            yield from compare(bench, *paper(bench, method, batch), {"torchvision on PIL": c.plain})
 
 
-def narrow(bench: Bench) -> list[Row]:
+def narrow(bench: Bench) -> Rows:
     cases = [("smoke", "digits")] if bench.quick else [("laptop", "cifar10"), ("quick", "digits"), ("quick", "photos")]
-    return [{"scale": scale} | row for scale, name in cases
-            for row in compare(bench, experiments.run("sidae", name, scale), c.load(name), {}, name)]  # fmt: skip
+    for scale, name in cases:
+        rows = compare(bench, experiments.run("sidae", name, scale), c.load(name), {}, name)
+        yield from ({"scale": scale} | row for row in rows)
 
 
-def augmentation(bench: Bench) -> list[Row]:
+def augmentation(bench: Bench) -> Rows:
     config, images = paper(bench, "simsiam", 512)
 
     def views(what: str, build: Callable, *args: bool, of: Contender | None = None, needs: str = "") -> Contender:
@@ -85,7 +89,7 @@ def augmentation(bench: Bench) -> list[Row]:
                            views("kornia", c.kornia, of=ours[-1], needs="kornia")])  # fmt: skip
 
 
-def probe(bench: Bench) -> list[Row]:
+def probe(bench: Bench) -> Rows:
     """A pipeline of no ops has another name than `none`, so `evaluate` runs the backbone in every epoch for it."""
     augment.VIEWS["bare"] = augment.Views((), ())
     config, images = paper(bench, "simsiam", 512)
@@ -112,7 +116,7 @@ def probe(bench: Bench) -> list[Row]:
     return rows
 
 
-def growth(bench: Bench) -> list[Row]:
+def growth(bench: Bench) -> Rows:
     def point(what: str, at: int, function: Callable, *args) -> Contender:
         info = {"at": at}
 
@@ -143,7 +147,7 @@ def growth(bench: Bench) -> list[Row]:
         return measure(bench, points)
 
 
-def floor(bench: Bench) -> list[Row]:
+def floor(bench: Bench) -> Rows:
     cuda = bench.device.type == "cuda"
     sizes = (64, 128) if bench.quick else (512, 1024, 2048, 4096) + (8192, 16384) * cuda
     out = [Contender("matrix product", partial(c.product, bench, n, p), "GFLOP/s", info={"size": n, "precision": p})
@@ -164,7 +168,7 @@ def floor(bench: Bench) -> list[Row]:
     return rows
 
 
-SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
+SECTIONS: dict[str, Callable[[Bench], Rows]] = {
     "pretrain": pretrain, "sidae": sidae, "narrow": narrow, "augment": augmentation, "probe": probe, "growth": growth,
     "floor": floor}  # fmt: skip
 
@@ -196,9 +200,12 @@ def main(argv: list[str] | None = None) -> int:
             if time.monotonic() > deadline:
                 print(f"{name} is left out: the time is up.")
                 continue
-            table = pd.DataFrame(SECTIONS[name](bench))
-            print(f"\n{name}\n{table.to_string(index=False, na_rep='', float_format='{:.4g}'.format)}", flush=True)
-            train.write(out / f"{name}.csv", table.assign(**where).to_csv(index=False).encode())
+            rows: list[Row] = []
+            for row in SECTIONS[name](bench):  # written as they come: what is measured is not lost with the rest
+                rows.append(row)
+                train.write(out / f"{name}.csv", pd.DataFrame(rows).assign(**where).to_csv(index=False).encode())
+            table = pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.4g}".format)
+            print(f"\n{name}\n{table}", flush=True)
     except SidaeError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
