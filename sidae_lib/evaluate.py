@@ -123,9 +123,9 @@ def _logistic(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor) -> Tensor:
 
 
 def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
-    """What a picture of features shows, so that it is drawn again without weights: test points on two maps, each with its
-    trustworthiness (Venna & Kaski 2001: 1 = every neighbour on the map is one in feature space), and the first queries
-    with their nearest training images by cosine, as places in the chosen labels.
+    """What a picture of features shows, so that it is drawn again without weights: test points on two maps in [-1, 1], each
+    with its trustworthiness (Venna & Kaski 2001: 1 = every neighbour on the map is one in feature space), and the first
+    queries with their nearest training images by cosine, as places in the chosen labels.
 
     x: (N, F) test features, of which config.points are taken, the same for every network.  bank: (M, F).
     """
@@ -138,7 +138,8 @@ def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
     out: dict[str, Any] = {"points": taken.tolist()}
     for name, model in maps.items():
         xy = model.fit_transform(z)
-        out[name] = {"xy": xy.round(3).tolist(), "trustworthiness": round(float(trustworthiness(z, xy)), 4)}
+        trust = round(float(trustworthiness(z, xy)), 4)
+        out[name] = {"xy": (xy / np.abs(xy).max()).round(4).tolist(), "trustworthiness": trust}
     near = (F.normalize(x[taken[:6].to(x.device)], dim=1) @ F.normalize(bank, dim=1).T).topk(min(5, len(bank)), dim=1)
     return out | {"neighbours": near.indices.tolist()}
 

@@ -162,7 +162,7 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:
                 ax.set_ylabel(f"test accuracy (%), {PROBES[kind]}")
-        _legend(fig, axes.flat, 2 * len(sets) + 1)
+        _legend(fig, axes.flat, 2 * len(sets))
     return fig
 
 

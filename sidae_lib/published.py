@@ -53,15 +53,15 @@ def claim(name: str) -> Callable:
     return register
 
 
-def paired(frame: pd.DataFrame, one: dict, other: dict) -> list[float]:
-    """accuracy(one) - accuracy(other) for every seed that has both; `one` and `other` filter by column."""
+def paired(frame: pd.DataFrame, one: dict, other: dict) -> pd.Series:
+    """accuracy(one) - accuracy(other) by seed, for every seed that has both; `one` and `other` filter by column."""
     series = []
     for where in (one, other):
         rows = frame
         for column, value in where.items():
             rows = rows[rows[column] == value]
         series.append(rows.groupby("seed")["accuracy"].mean())
-    return (series[0] - series[1]).dropna().tolist()
+    return (series[0] - series[1]).dropna()
 
 
 BOARD = ["paper", "source", "statement", "case", "n", "ours", "se", "published", "published_se", "difference", "low", "high",
@@ -181,7 +181,7 @@ def _stable_seeds(frame: pd.DataFrame) -> Cases:
         own = {m: p.set_index("seed")["accuracy"] for m, p in _last(part).groupby("method")}
         if all(len(own.get(m, ())) > 1 for m in SSL[:2]):
             gap = {m: (own[m] - own[m].mean()).abs() for m in SSL[:2]}
-            yield _name(display, labels), (gap["simsiam"] - gap["sidae"]).dropna().tolist()
+            yield _name(display, labels), (gap["simsiam"] - gap["sidae"]).dropna()
 
 
 @claim("stable_epochs")
@@ -191,7 +191,7 @@ def _stable_epochs(frame: pd.DataFrame) -> Cases:
         late = part[part["epoch"] >= part["of"] / 2]
         spread = {m: p.groupby("seed")["accuracy"].std() for m, p in late.groupby("method") if m in SSL[:2]}
         if len(spread) == 2:
-            yield _name(display, labels), (spread["simsiam"] - spread["sidae"]).dropna().tolist()
+            yield _name(display, labels), (spread["simsiam"] - spread["sidae"]).dropna()
 
 
 @claim("ae_beats_simsiam")
@@ -262,7 +262,7 @@ def _both_needed(frame: pd.DataFrame) -> Cases:
     for display, labels, grid in _sweep(frame):
         best = grid.drop(columns=[0.0, 1.0]).mean().idxmax()
         for end, name in ((0.0, "the autoencoder"), (1.0, "SimSiam")):
-            yield _name(display, labels, f"w = {best:g} against {name}"), (grid[best] - grid[end]).tolist()
+            yield _name(display, labels, f"w = {best:g} against {name}"), grid[best] - grid[end]
 
 
 @claim("siamese_matters_more")
@@ -280,7 +280,7 @@ def _w_alike(frame: pd.DataFrame) -> Cases:
         if len(shares) == 2 and all((display, share) in grids for share in shares):
             few, many = (grids[display, share] for share in shares)
             for end in (0.0, 1.0):
-                yield f"{display}, w = {end:g} against 0.5", ((few[end] - few[0.5]) - (many[end] - many[0.5])).dropna().tolist()
+                yield f"{display}, w = {end:g} against 0.5", ((few[end] - few[0.5]) - (many[end] - many[0.5])).dropna()
 
 
 @claim("loses_more")
@@ -289,9 +289,9 @@ def _loses_more(frame: pd.DataFrame) -> Cases:
     last = _last(frame)
     for display, part in last.groupby("display", sort=False):
         shares = sorted(set(part["labels"]))
-        if len(shares) == 2:
-            rows = {labels: p for d, labels, p in _probed(part)}
-            loss = {m: pd.Series(dict(enumerate(paired(pd.concat(rows.values()), {"method": m, "labels": shares[1]},
-                                                       {"method": m, "labels": shares[0]})))) for m in ("supervised", *SSL)}
+        if len(shares) == 2 and any(True for _ in _probed(part)):
+            rows = pd.concat(p for _, _, p in _probed(part))
+            loss = {m: paired(rows, {"method": m, "labels": shares[1]}, {"method": m, "labels": shares[0]})
+                    for m in ("supervised", *SSL)}
             for m in SSL:
-                yield f"{display}, {m}", (loss["supervised"] - loss[m]).dropna().tolist()
+                yield f"{display}, {m}", (loss["supervised"] - loss[m]).dropna()

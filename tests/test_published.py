@@ -1,0 +1,145 @@
+"""Claims and the scoreboard, on evaluations whose truth is known because they are written here."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from sidae_lib import experiments, figures, published
+
+ROW = {"data": "cifar10", "display": "CIFAR-10", "pretrain": "CIFAR-10", "pretrain_name": "cifar10", "w": 0.5,
+       "augment": "simsiam_cifar", "target": "standardised, mean", "scored": "test", "kind": "linear", "n_train": 500}
+
+
+def row(method, seed, accuracy, epoch=200, labels=0.01, **changes):
+    base = {"untrained": {"augment": "none", "of": 0}, "supervised": {"augment": "none", "kind": "classifier"}}
+    return ROW | {"of": 200} | base.get(method, {}) | {"method": method, "seed": seed, "accuracy": accuracy, "epoch": epoch,
+                                                       "labels": labels} | changes  # fmt: skip
+
+
+def claims(rows, statement):
+    board = published.scoreboard(pd.DataFrame(rows), "paper")
+    return board[board["statement"].str.startswith(statement)].set_index("case")
+
+
+def test_interval_is_students():
+    d = np.array([1.0, 2.5, 0.5, 3.0])
+    mean, low, high = published.interval(d)
+    reference = stats.t.interval(0.95, 3, loc=d.mean(), scale=stats.sem(d))
+    assert mean == pytest.approx(1.75) and (low, high) == pytest.approx(reference)
+    assert published.interval([4.0]) == (4.0, -np.inf, np.inf)
+
+
+@pytest.mark.parametrize("differences, expected", [
+    ([1.0, 1.1, 0.9], "supported"), ([-1.0, -1.1, -0.9], "contradicted"), ([1.0, -1.1, 0.4], "undecided"),
+    ([5.0, 5.0], "undecided (n = 2)"),  # no spread and no verdict: two seeds say nothing about spread
+])
+def test_verdict(differences, expected):
+    assert published.verdict(differences) == expected
+
+
+def test_a_margin_is_an_equivalence_test():
+    """Close means that the whole interval lies within the margin; a wide interval around 0 is undecided."""
+    assert published.verdict([0.1, -0.2, 0.0], -2, 2) == "supported"
+    assert published.verdict([3.0, 3.1, 2.9], -2, 2) == "contradicted"
+    assert published.verdict([5.0, -5.0, 0.0], -2, 2) == "undecided"
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds that vary by tens and methods that differ by one: a paired interval sees it, an unpaired one could not."""
+    rows = [row(m, s, a + d) for m, d in (("sidae", 1.0), ("simsiam", 0.0)) for s, a in enumerate((10, 50, 90.5))]
+    rows += [row("simsiam", 7, 99.0)]  # a seed that the other lacks
+    board = claims(rows, "SidAE beats SimSiam")
+    assert board["verdict"].tolist() == ["supported"] and board["n"].tolist() == [3]
+    assert board.index.tolist() == ["CIFAR-10, 1 %, against simsiam"] and board["difference"].tolist() == [1.0]
+
+
+def test_every_claim_has_its_words_and_its_function():
+    names = pd.read_csv(published.__file__.replace("published.py", "claims.csv"))["name"]
+    assert set(names) == set(published.CLAIMS) and names.is_unique
+
+
+def grid(**accuracies):
+    """Three seeds of every method's accuracy, a hair apart."""
+    return [row(m.rstrip("_"), s, a + 0.1 * s * k) for k, (m, a) in enumerate(accuracies.items()) for s in range(3)]
+
+
+def test_the_supervised_network_loses_more():
+    few = grid(sidae=50.0, supervised=30.0)
+    many = [r | {"labels": 1.0, "accuracy": r["accuracy"] + (10 if r["method"] == "sidae" else 40)} for r in few]
+    board = claims(few + many, "the supervised network loses more")
+    assert board.loc["CIFAR-10, sidae", "difference"] == pytest.approx(30) and board["verdict"].tolist() == ["supported"]
+
+
+def test_rising_takes_the_first_and_the_last_checkpoint():
+    rows = [row("sidae", s, a + s, epoch=e) for s in range(3) for e, a in ((25, 40.0), (100, 99.0), (200, 45.0 + s / 10))]
+    assert claims(rows, "accuracy rises")["difference"].tolist() == [5.1]
+
+
+def test_spread_over_seeds_and_over_epochs():
+    rows = [row("sidae", s, 50.0 + 0.1 * s, epoch=e) for s in range(3) for e in (100, 200)]
+    rows += [row("simsiam", s, 50.0 + 10 * s * (e == 200), epoch=e) for s in range(3) for e in (100, 200)]
+    seeds, epochs = claims(rows, "SidAE varies less over seeds"), claims(rows, "SidAE varies less over epochs")
+    assert seeds["difference"].tolist() == [pytest.approx((10 + 0 + 10) / 3 - 0.2 / 3, abs=0.01)]
+    assert epochs["difference"].tolist() == [pytest.approx((0 + 10 + 20) / 2**0.5 / 3, abs=0.01)]
+
+
+def test_both_parts_are_needed_only_if_the_inside_beats_both_ends():
+    rows = grid(dae=40.0, simsiam=60.0)
+    rows += [row("sidae", s, a + 0.05 * s, w=w) for w, a in ((0.25, 45.0), (0.5, 50.0), (0.75, 55.0)) for s in range(3)]
+    board = claims(rows, "a weight between the ends")
+    assert board.loc["CIFAR-10, 1 %, w = 0.75 against the autoencoder", "verdict"] == "supported"
+    assert board.loc["CIFAR-10, 1 %, w = 0.75 against SimSiam", "verdict"] == "contradicted"
+
+
+def test_a_value_meets_its_published_cell():
+    """Table 1, CIFAR-10, 1 %: 51.67 (0.28)."""
+    rows = [row("sidae", s, a) for s, a in enumerate((51.0, 52.0, 53.0))]
+    value = published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]
+    assert (value["ours"], value["n"], value["published"], value["published_se"]) == (52.0, 3, 51.67, 0.28)
+    assert value["z"] == pytest.approx((52 - 51.67) / np.hypot(1 / 3**0.5, 0.28), abs=0.01) and value["verdict"] == "agrees"
+    rows = [r | {"accuracy": r["accuracy"] - 20} for r in rows]
+    assert published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]["verdict"] == "below"
+
+
+@pytest.mark.parametrize("scale, display, data, why", [
+    ("laptop", "CIFAR-10", "cifar10", "laptop scale"), ("paper", "CIFAR-10 (JPEG copy)", "cifar10", "data copy")])
+def test_what_is_not_comparable_gets_no_z(scale, display, data, why):
+    rows = [row("sidae", s, 52.0 + s, display=display, pretrain=display) for s in range(3)]
+    value = published.scoreboard(pd.DataFrame(rows), scale).iloc[0]
+    assert value["verdict"] == f"not comparable: {why}" and np.isnan(value["z"]) and value["difference"] == 1.33
+
+
+def test_the_suspect_cells_are_no_targets():
+    stl = {"labels": 1.0, "pretrain": "STL-10", "pretrain_name": "stl10"}
+    rows = [row(m, s, 57.0 + s, **stl) for m in ("dae", "simsiam") for s in range(3)]
+    board = published.scoreboard(pd.DataFrame(rows), "paper")
+    values = board[board["source"] == "Table 1"].dropna(subset="published")
+    assert values["verdict"].tolist() == ["not comparable: suspect cell"] * 2
+
+
+def test_validation_scores_do_not_enter():
+    rows = [row("sidae", s, 52.0) for s in range(3)] + [row("sidae", s, 99.0, scored="val") for s in range(3)]
+    assert published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]["ours"] == 52.0
+
+
+def test_best_w_is_chosen_on_validation_and_never_on_test(store):
+    from sidae_lib import runs
+
+    _, evals = experiments.w_sweep("quick", ["digits"], [0, 1])
+    assert experiments.best_w("quick", ["digits"], [0, 1]) is None
+    for e in evals:
+        good = {0.25: 60.0, 0.5: 70.0, 0.75: 65.0}.get(e.run.w, 50.0) if e.score_on == "val" else 100 * e.run.w
+        if e.labels == 1.0 or e.run.target == "unit":
+            good = 100.0 - good  # neither the other share of labels nor the other target decides
+        runs._keep(e, {"config": e.to_dict(), "key": e.key(), "accuracy": good})
+    assert experiments.best_w("quick", ["digits"], [0, 1]) == 0.5
+
+
+def test_balance_weighs_the_gradients():
+    config = experiments.run("sidae", "digits", "smoke", w=0.2).to_dict()
+    line = {"l_si": -0.5, "l_dae": 0.4, "grad_si": 3.0, "grad_dae": 1.0}
+    records = [{"config": config, "epochs": [line | {"grad_si": 9.0}, {}, line]}]
+    table = figures.balance(records)
+    assert table.xs("last", level="when")["share"].tolist() == [pytest.approx(0.2 * 3 / (0.2 * 3 + 0.8), abs=1e-4)]
+    assert table.xs("first", level="when")["share"].tolist() == [pytest.approx(1.8 / 2.6, abs=1e-4)]
