@@ -363,6 +363,42 @@ def test_folds(images):
         evaluate.labelled(config(fold=3), images)
 
 
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def slow_trustworthiness(high, low, k):
+    """Venna & Kaski 2001, eq. 1, point by point."""
+    n, penalty = len(high), 0
+    for i in range(n):
+        ranks = {j: r for r, j in enumerate(np.argsort([np.linalg.norm(high[i] - high[j]) for j in range(n)]).tolist())}
+        near = [j for j in np.argsort([np.linalg.norm(low[i] - low[j]) for j in range(n)]).tolist() if j != i][:k]
+        penalty += sum(max(0, ranks[j] - k) for j in near)
+    return 1 - 2 / (n * k * (2 * n - 3 * k - 1)) * penalty
+
+
+def test_a_picture_holds_what_it_takes_to_draw_it_again(images, weights):
+    record = measure(images, weights, kind="tsne", points=30, perplexity=5.0, k=5)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    test, train = images.split("test"), images.split("train")
+    points = record["points"]
+    assert len(points) == len(set(points)) == 30 and record["labels"] == test.labels[points].tolist()
+    net = networks.load(weights)
+    z, bank = (embedded(net, s.images, net.mean, net.std) for s in (test, train))
+    for name in ("tsne", "pca"):
+        xy = np.array(record[name]["xy"])
+        assert xy.shape == (30, 2) and abs(xy).max() == 1
+        assert record[name]["trustworthiness"] == approx(slow_trustworthiness(z[points].numpy(), xy, 5), abs=0.02)
+    for query, near in zip(points, record["neighbours"]):
+        cosine = [F.cosine_similarity(z[query], b, dim=0).item() for b in bank]
+        assert [cosine[j] for j in near] == approx(sorted(cosine, reverse=True)[:5], abs=1e-5)
+    assert record["accuracy"] == measure(images, weights, kind="knn", k=5)["accuracy"]
+
+
+def test_every_network_shows_the_same_points(images, weights):
+    one, other = (measure(images, weights, kind="tsne", points=20, perplexity=5.0, seed=s)["points"] for s in (0, 1))
+    assert one == other
+
+
 # --- records and errors ---------------------------------------------------------------------------------------------
 
 

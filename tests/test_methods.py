@@ -168,6 +168,22 @@ def test_z_carries_no_gradient_and_is_the_first_views_projection():
 # --- the loss's terms -----------------------------------------------------------------------------------------------
 
 
+def test_gauges_are_the_gradients_that_w_weighs():
+    """Both terms typed again; their gradients at z, times w and 1 - w, add up to the loss's."""
+    method, (views, batch) = narrow("sidae", w=0.3), inputs()
+    z1, z2 = (method.projector(method.backbone(v)).detach().requires_grad_() for v in views)
+    cosine = lambda p, z: F.cosine_similarity(p, z.detach()).mean()  # noqa: E731
+    l_si = -(cosine(method.predictor(z1), z2) + cosine(method.predictor(z2), z1)) / 2
+    l_dae = (F.mse_loss(method.decoder(z1), batch["x1"]) + F.mse_loss(method.decoder(z2), batch["x2"])) / 2
+    si, dae = (torch.cat(torch.autograd.grad(term, (z1, z2), retain_graph=True)) for term in (l_si, l_dae))
+    found = method.gauges(views, batch)
+    assert found["grad_si"].item() == approx(si.norm().item(), rel=1e-4)
+    assert found["grad_dae"].item() == approx(dae.norm().item(), rel=1e-4)
+    whole = torch.cat(torch.autograd.grad(0.3 * l_si + 0.7 * l_dae, (z1, z2)))
+    assert torch.allclose(0.3 * si + 0.7 * dae, whole, atol=1e-7)
+    assert narrow("simsiam").gauges(views, batch) == narrow("dae").gauges(views, batch) == {}
+
+
 def test_w_weighs_the_terms_and_the_batchs_w_takes_over():
     (views, batch), m = inputs(), narrow(w=0.3)
     out = m.loss(views, batch)

@@ -108,6 +108,16 @@ def test_z_std_is_taken_over_the_epoch(config, tmp_path):
     assert run.history[0]["z_std"] == pytest.approx(z.std(0, correction=0).mean().item(), rel=1e-4)
 
 
+def test_gauges_leave_no_trace(config, tmp_path, monkeypatch):
+    looked = pretrain(config, tmp_path / "looked")
+    assert all(e["grad_si"] > 0 and e["grad_dae"] > 0 for e in looked["epochs"])
+    monkeypatch.setattr(methods.METHODS["sidae"], "gauges", methods.Method.gauges)
+    blind = pretrain(config, tmp_path / "blind")
+    assert "grad_si" not in blind["epochs"][0]
+    one, other = (weights(tmp_path / name, 2) for name in ("looked", "blind"))
+    assert all(torch.equal(v, other[k]) for k, v in one.items()) and any("running_mean" in k for k in one)
+
+
 @pytest.mark.parametrize("method", ["sidae", "simsiam", "dae", "supervised"])
 @pytest.mark.parametrize("at", [1, 4, 7])
 def test_a_stopped_run_equals_one_that_was_not(method, at, tmp_path, monkeypatch):

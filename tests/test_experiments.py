@@ -1,0 +1,87 @@
+"""What the figures ask for, and the figures themselves drawn again from nothing but their CSV."""
+
+import pandas as pd
+import pytest
+
+from sidae_lib import data, experiments, figures, paths, runs
+from tests.test_data import write_stl
+
+
+def test_the_ends_of_the_sweep_are_the_autoencoder_and_simsiam():
+    runs_, evals = experiments.w_sweep("laptop", (), (0, 1))
+    plain = [r for r in runs_ if r.target == "standardised"]
+    assert [(r.method, r.w) for r in plain if r.seed == 0] == [("dae", 0.5), ("sidae", 0.25), ("sidae", 0.5), ("sidae", 0.75),
+                                                               ("simsiam", 0.5)]  # fmt: skip
+    assert set(plain) <= set(experiments.accuracy_vs_epochs("laptop", (), (0, 1))[0]) | {r for r in plain if r.w != 0.5}
+    assert {r.seed for r in runs_ if r.target == "unit"} == {0}
+    assert all(e.epoch == e.run.epochs for e in evals)
+
+
+def test_table_1_trains_nothing_of_its_own():
+    table, evals = experiments.datasets_table("laptop")
+    others = {r for build in (experiments.accuracy_vs_epochs, experiments.stl_transfer) for r in build("laptop")[0]}
+    assert set(table) <= others and {e.kind for e in evals} == {"linear", "classifier"}
+    assert all(e.epoch == e.run.epochs for e in evals)
+
+
+def test_fine_tuning_takes_the_chosen_w_once_it_is_known(store, monkeypatch):
+    before = experiments.fine_tuning("quick", ["digits"])
+    assert set(experiments.w_sweep("quick", ["digits"])[1]) <= set(before[1])
+    monkeypatch.setattr(experiments, "best_w", lambda *_: 0.75)
+    runs_, evals = experiments.fine_tuning("quick", ["digits"])
+    assert {r.w for r in runs_ if r.method == "sidae"} == {0.5, 0.75}
+    tuned = [e for e in evals if e.kind == "finetune" and e.run.method == "simsiam" and e.labels == 1.0]
+    assert [e.epoch for e in tuned] == [experiments.checkpoints(tuned[0].run, 4)[0], tuned[0].run.epochs]
+
+
+def test_stl10_in_its_own_format_is_pre_trained_on_and_classified(store, tmp_path, monkeypatch):
+    """The paper's path to Figure 7, on files as STL-10 ships them: unlabeled images in, labels of the train split only."""
+    monkeypatch.setenv("SIDAE_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    write_stl(tmp_path / "data", monkeypatch)
+    smoke = experiments.SCALES["smoke"]
+    monkeypatch.setitem(experiments.SCALES, "smoke", experiments.Scale(**{
+        **vars(smoke), "epochs": {"stl10": 1}, "pool": {}, "labels": (1.0, 0.5), "transfer": ("stl10", "stl10", "digits"),
+        "run": smoke.run | {"batch": 8}, "datasets": ("stl10",)}))  # fmt: skip
+    configs, evals = experiments.stl_transfer("smoke")
+    assert {r.split for r in configs if r.method in ("sidae", "simsiam", "dae")} == {"unlabeled"}
+    chosen = [e for e in evals if e.kind == "linear" and e.run.method == "sidae" and e.labels == 1.0]
+    record, stl, digits = runs.fetch_all([chosen[0].run, *chosen], log=lambda _: None)
+    assert record["steps"] == 1 and record["images"] == 8  # of nine unlabeled images, one batch
+    assert (stl["data"]["name"], stl["n_train"], stl["n_test"]) == ("stl10", 20, 6)
+    assert (digits["data"]["name"], digits["n_train"]) == ("digits", 1437)
+
+
+def draw(name: str, table: pd.DataFrame):
+    kind = {"fine_tuning": ["finetune"]}.get(name, [])
+    return getattr(figures, {"fine_tuning": "accuracy_vs_epochs", "stl_transfer": "accuracy_vs_epochs"}.get(name, name))(
+        table, *kind)
+
+
+@pytest.mark.parametrize("name", ["accuracy_vs_epochs", "w_sweep", "datasets_table", "fine_tuning", "stl_transfer", "tsne"])
+def test_a_chart_is_drawn_again_from_its_csv(name, store):
+    configs, evals = getattr(experiments, name)("smoke", *([["digits"]] if name != "stl_transfer" else []))
+    records = runs.fetch_all(evals, log=lambda _: None)
+    if name == "tsne":
+        table = figures.points(records)
+    else:
+        frame = figures.evaluations(records)
+        table = figures.summary(frame[frame["kind"].isin(["finetune", "classifier"])] if name == "fine_tuning" else frame)
+        table = figures.beside_published(table) if name == "datasets_table" else table
+    figures.save(draw(name, table), name, "smoke", table)
+    first = {s: (paths.figures("smoke") / f"{name}.{s}").read_bytes() for s in ("svg", "csv")}
+    again = pd.read_csv(paths.figures("smoke") / f"{name}.csv")
+    figures.save(draw(name, again), name, "smoke", again)
+    assert all((paths.figures("smoke") / f"{name}.{s}").read_bytes() == b for s, b in first.items())
+
+
+def test_neighbours_are_drawn_from_indices_and_data(store):
+    configs, evals = experiments.tsne("smoke", ["digits"])
+    (record,) = runs.fetch_all([e for e in evals if e.run.method == "untrained"], log=lambda _: None)
+    fig = figures.neighbours(record, images := data.load("digits"))
+    panels = fig.axes
+    assert len(panels) == 6 * 6
+    shown = panels[0].images[0].get_array()
+    assert (shown == images.split("test").images[record["points"][0]].permute(1, 2, 0).numpy()).all()
+    shown = panels[7].images[0].get_array()
+    assert (shown == images.split("train").images[record["neighbours"][1][0]].permute(1, 2, 0).numpy()).all()
