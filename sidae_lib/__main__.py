@@ -51,11 +51,19 @@ def readme(text: str) -> str:
                 share = f"{figures.percent(r.labels)} = {r.n_train:,}"
                 rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {r.ours}, {r.n} | {r.paper} | "
                             f"{scale}, {r.hardware} |")
+    board = ["| claim of the paper | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
+    for scale in ("laptop", "paper"):
+        if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:
+            claims = figures.scoreboard(found, scale).query("published.isna()")
+            for claim, cases in claims.groupby("statement", sort=False):
+                count = cases["verdict"].str.split().str[0].value_counts()
+                counts = " | ".join(str(count.get(v, 0)) for v in ("supported", "contradicted", "undecided"))
+                board.append(f"| {claim} | {scale} | {len(cases)} | {counts} |")
     clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
     for path in sorted(paths.figures("").glob("*/timings.csv")):
         clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"
                   for t in pd.read_csv(path).itertuples()]
-    for name, lines in (("results", rows), ("minutes", clock)):
+    for name, lines in (("results", rows), ("scoreboard", board), ("minutes", clock)):
         head, _, rest = text.partition(f"<!-- {name} -->")
         tail = rest.partition(f"<!-- /{name} -->")[2]
         text = "\n".join([f"{head}<!-- {name} -->", *lines, f"<!-- /{name} -->{tail}"])

@@ -232,6 +232,6 @@ def evaluations(scale: str) -> list[EvalConfig]:
     """All evaluations of all figures at a scale, as far as their image sets are there or known."""
     found: dict[EvalConfig, None] = {}
     for build in FIGURES.values():
-        with suppress(SidaeError):
+        with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
             found |= dict.fromkeys(build(scale)[1])
     return list(found)

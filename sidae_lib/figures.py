@@ -78,7 +78,7 @@ def beside_published(table: pd.DataFrame) -> pd.DataFrame:
     out = last.merge(paper, on=["data", "method", "labels"], how="left")
     out["ours"], out["paper"] = (
         [mean_se(*pair) for pair in out[list(names)].to_numpy()] for names in (("mean", "se"), ("published", "published_se")))
-    return out.assign(**{"ours / paper": (out["mean"] / out["published"]).map("{:.2f}".format, na_action="ignore").fillna("")})
+    return out.assign(**{"ours / paper": ["" if np.isnan(r) else f"{r:.2f}" for r in out["mean"] / out["published"]]})
 
 
 def mean_se(mean: float, se: float) -> str:

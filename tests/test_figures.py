@@ -1,0 +1,60 @@
+"""The page of all figures as a reader meets it, in a real browser."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sidae_lib import experiments, figures, paths, runs
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("runs", "records", "figures"):
+            m.setenv(f"SIDAE_{name.upper()}", str(folder / name))
+        _, evals = experiments.accuracy_vs_epochs("smoke", ["digits"])
+        records = runs.fetch_all(evals, log=lambda _: None)
+        table = figures.summary(figures.evaluations(records))
+        figures.save(figures.accuracy_vs_epochs(table), "accuracy_vs_epochs", "smoke", table)
+        notebook = folder / "executed" / "01_accuracy_vs_epochs.html"
+        notebook.parent.mkdir()
+        notebook.write_text("<html><title>01</title></html>")
+        return figures.index("smoke", records, [notebook])
+
+
+def test_the_page_names_what_it_shows(page_file):
+    text = page_file.read_text()
+    assert "Below the paper's scale" in text and "Scoreboard" in text and "undecided (n = 1)" in text
+    for link in re.findall(r'href="([^"d][^"]*)"', text):
+        assert (page_file.parent / link).exists(), link
+    assert {p.suffix for p in page_file.parent.glob("scoreboard.*")} == {".csv", ".html"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("name", ["index.html", "scoreboard.html", "laptop"])
+def test_a_browser_shows_it_without_an_error_on_a_phone(page_file, name):
+    from playwright.sync_api import sync_playwright
+
+    file = paths.ROOT / "figures" / "laptop" / "index.html" if name == "laptop" else page_file.with_name(name)
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        said = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("requestfailed", lambda request: said.append(request.url))
+        page.goto(file.as_uri())
+        images = page.eval_on_selector_all("img", "all => all.map(i => [i.naturalWidth, i.alt])")
+        wide = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        browser.close()
+    assert not said
+    assert all(width > 0 and alt for width, alt in images) and (images or name == "scoreboard.html")
+    assert wide[0] <= wide[1], "the page scrolls sideways"
