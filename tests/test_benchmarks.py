@@ -112,3 +112,23 @@ def test_arithmetic_of_the_papers_network(benchmarks):
         stages += 0 if k == 0 else convolution(c // 2, c, side, 3) + convolution(c // 2, c, side, 1)
     first, heads = convolution(3, 64, 16, 7), 512 * 2048 + 2 * 2048**2 + 2 * 2048 * 512
     assert benchmarks.contenders.arithmetic(config) == 2 * 256 * 2 * (3 * (first + stages + heads) - first)
+
+
+def test_the_pages_results_are_the_committed_tables(benchmarks):
+    """`python -m benchmarks.report` would change nothing, and its numbers are those of the CSVs."""
+    from benchmarks import report
+
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert report.report() in text, "run `python -m benchmarks.report`"
+    narrow = pd.read_csv(ROOT / "benchmarks" / "results" / "narrow.csv").query("scale == 'laptop' and precision == 'fp32'")
+    rate = narrow.set_index("what")["median"]["pipeline, own mode"]
+    assert f"| laptop's network, whole pipeline, images/s | 1,000 | {rate:,.0f} |" in text
+
+
+def test_hours_of_the_whole_paper(benchmarks):
+    """One run of SidAE on CIFAR-10 is 200 x 50,000 images; five seeds of it and eighteen more configurations are counted."""
+    from benchmarks import report
+
+    alone = report.paper_hours({"simsiam": 1e4})
+    sets = 5 * 200 * (50_000 + 60_000 + 60_000) + 5 * 200 * 50_000  # three sets, and the pool
+    assert alone == pytest.approx(sets / 1e4 / 3600)

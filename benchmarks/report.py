@@ -1,0 +1,90 @@
+"""`python -m benchmarks.report`: writes the results into benchmarks/README.md, every number from a CSV that a run left."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from sidae_lib import data, experiments, paths
+from sidae_lib.config import RunConfig, SidaeError
+from sidae_lib.train import write
+
+HERE = Path(__file__).parent
+SIZES = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000, "stl10": 100_000, "tinyimagenet32": 50_000}
+SHOWN = ["scale", "what", "unit", "median", "spread", "n", "at", "method", "batch", "size", "precision", "mode", "ratio", "of",
+         "share", "accuracy", "host_gib", "device_gib"]  # fmt: skip
+
+
+def markdown(table: pd.DataFrame) -> str:
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in table.astype(object).values]
+    rows = [table.columns, ["---"] * len(table.columns), *[["" if c == "nan" else c for c in row] for row in cells]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def paper_hours(rates: dict[str, float]) -> float:
+    """Hours of pre-training that all SidAE figures at paper scale take at these images/s, one run after the other."""
+    runs: set[RunConfig] = set()
+    for build in experiments.FIGURES.values():
+        try:
+            runs |= set(build("paper")[0])
+        except SidaeError:  # STL-10 is not here: the pool that stands for it has half as many images
+            runs |= set(build("paper", ["tinyimagenet32", "cifar10"])[0])
+    return sum(SIZES[data.KNOWN[r.data][0]] * r.epochs / rates[r.method] for r in runs if r.method in rates) / 3600
+
+
+def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, float | None]]:
+    """(what, what was to be reached on 2 CPU cores, what was measured or None)."""
+    def pick(section: str, column: str, **where: object) -> float | None:
+        table = found(section)
+        for name, value in where.items():
+            table = table[table[name] == value] if name in table else table[:0]
+        return float(table[column].iloc[0]) if len(table) and column in table else None
+
+    own, at = "pipeline, own mode", {"batch": 256, "precision": "fp32"}
+    yield "whole pipeline over step alone, SimSiam", "0.95", pick("pretrain", "ratio", what=own, **at)
+    lightly = pick("pretrain", "median", what="lightly's example", batch=256)
+    modes = found("pretrain")
+    if lightly and len(modes):
+        modes = modes[modes["what"].str.startswith("pipeline") & (modes["batch"] == 256) & (modes["precision"] == "fp32")]
+        yield "over lightly's example, plain", "1.4", modes[modes["mode"] == "eager"]["median"].max() / lightly
+        yield "over lightly's example, fastest mode", "2", modes["median"].max() / lightly
+    floor = found("floor")
+    share = floor[(floor["what"] == "step alone") & (floor["width"] == 64)]["share"].min() if len(floor) else None
+    yield "share of the floor, paper's network (least of three methods)", "0.5", share
+    laptop, two = {"scale": "laptop", "precision": "fp32"}, "two processes of one thread"
+    yield "laptop's network, whole pipeline, images/s", "1,000", pick("narrow", "median", what=own, **laptop)
+    yield f"the same, {two}", "-", pick("narrow", "median", what=two, **laptop)
+    yield "probe from cached features over re-running", "20", pick("probe", "ratio", what="backbone in every epoch")
+    peak = pick("growth", "host_gib", what="SidAE at paper scale, images")
+    yield "peak memory, CIFAR-10 at paper scale, GiB", "at most 3", peak
+    yield "store with 10,000 records to a table, s", "at most 2", pick("growth", "median", what="records", at=10_000)
+    rates = {m: pick("floor", "median", method=m, width=64, mode="eager") for m in ("sidae", "simsiam", "dae")}
+    hours = paper_hours(rates) if all(rates.values()) else None
+    yield "all SidAE figures, paper scale, 5 seeds, hours of pre-training (estimate from the rates)", "-", hours
+    clock = paths.ROOT / "figures" / "quick" / "timings.csv"
+    yield "quick scale, minutes", "12 for 00 to 06", pd.read_csv(clock)["seconds"].sum() / 60 if clock.exists() else None
+
+
+def report(folder: Path = HERE / "results") -> str:
+    def found(section: str) -> pd.DataFrame:
+        path = folder / f"{section}.csv"
+        return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+    reached = pd.DataFrame(targets(found), columns=["what", "to reach", "measured"])
+    reached["measured"] = ["not measured" if pd.isna(v) else f"{v:,.3g}" if v < 100 else f"{v:,.0f}"
+                           for v in reached["measured"]]
+    parts = [markdown(reached)]
+    for section in ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "floor"):
+        if len(table := found(section)):
+            where = "; ".join(f"{h}, {c} cores, {t} threads, torch {v}" for h, c, t, v in
+                              sorted(set(zip(table["hardware"], table["cores"], table["threads"], table["torch"]))))
+            shown = table[[c for c in SHOWN if c in table and not table[c].isna().all()]]
+            parts.append(f"### `{section}` ({where})\n\n{markdown(shown)}")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    page = HERE / "README.md"
+    between = re.compile(r"(<!-- results -->\n).*(\n<!-- /results -->)", re.S)
+    write(page, between.sub(lambda m: m[1] + report() + m[2], page.read_text()).encode())
