@@ -221,6 +221,21 @@ class GaussianBlur:
 
 
 @dataclass(frozen=True)
+class Solarize:
+    """Pixels of at least `threshold` are inverted, with probability p. Parameter: (n,) int64, 1 = solarised."""
+
+    p: float = 0.2
+    threshold: float = 0.5
+    name: str = "solarize"
+
+    def draw(self, n: int, size: int, generator: Generator) -> Params:
+        return {self.name: (torch.rand(n, generator=generator) < self.p).long()}
+
+    def __call__(self, x: Tensor, params: Params) -> Tensor:
+        return torch.where((params[self.name].view(-1, 1, 1, 1) == 1) & (x >= self.threshold), 1 - x, x)
+
+
+@dataclass(frozen=True)
 class PadRotateScale:
     """Resize(2 S), Pad(18), RandomRotation(nearest, zero fill), CenterCrop(2.25 S), Resize(S): the "FER" augmentation.
 
@@ -254,14 +269,12 @@ class Views:
     first: tuple[Op, ...]
     second: tuple[Op, ...]
 
-    def draw(self, n: int, size: int, generator: Generator) -> tuple[Params, Params]:
-        """Parameters of n samples of size x size pixels for view 1 and view 2: CPU tensors (n, ...), to be sliced.
-
-        A function of the generator alone.
+    def draw(self, n: int, size: int, generator: Generator, support: int = 0) -> tuple[Params, ...]:
+        """Parameters of n samples of size x size pixels for view 1, view 2 and `support` more like the first: CPU
+        tensors (n, ...), to be sliced. A function of the generator alone.
         """
-        first, second = ({k: v for op in ops for k, v in op.draw(n, size, generator).items()}
-                         for ops in (self.first, self.second))
-        return first, second
+        return tuple({k: v for op in ops for k, v in op.draw(n, size, generator).items()}
+                     for ops in (self.first, self.second, *[self.first] * support))
 
 
 def apply(ops: tuple[Op, ...], images: Tensor, params: Params, mean: Tensor, std: Tensor) -> Tensor:
@@ -280,10 +293,17 @@ def apply(ops: tuple[Op, ...], images: Tensor, params: Params, mean: Tensor, std
 _CIFAR = (ColorJitter(), RandomResizedCrop(), Greyscale(), Flip())
 # For grey images, of one channel or of three equal ones: saturation, hue and greyscale change nothing there.
 _GREY = (ColorJitter(saturation=0.0, hue=0.0), RandomResizedCrop(), Flip(), GaussianBlur())
+# At 32 pixels without blur: SimCLR at strength 0.5 (arXiv:2002.05709, App. B.9), which is the MoCo CIFAR demo's list too
+_SIMCLR = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(), Greyscale())
+_BYOL = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(saturation=0.2), Greyscale())  # arXiv:2006.07733, App. B
+_DINO = (RandomResizedCrop((0.14, 1.0)), *_BYOL[1:])  # BYOL's but for the crop of two views (arXiv:2104.14294)
 
 VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4.1; values: SimSiam's (arXiv:2011.10566)
     "simsiam_cifar": Views(_CIFAR, _CIFAR),
     "simsiam_grey": Views(_GREY, _GREY),
+    "simclr": Views(_SIMCLR, _SIMCLR),
+    "byol": Views(_BYOL, (*_BYOL, Solarize())),
+    "dino": Views(_DINO, (*_DINO, Solarize())),
     "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
     "none": Views((), ()),
 }

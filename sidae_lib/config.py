@@ -135,6 +135,18 @@ class RunConfig(_Config):
     recon: Literal["mean", "sum"] = "mean"  # open: squared error as a mean over elements; sum: over an image's elements
     recon_target: Literal["clean", "view"] = "clean"  # open: the undisturbed image for both views; view: each its own
     output: Literal["linear", "sigmoid", "tanh"] = "linear"  # open: the decoder's last activation
+    # siamese and contrastive methods; each method's own values at CIFAR scale: experiments.RECIPES
+    tau: float = 0.1  # temperature of the similarities; DINO: the student's
+    ema: float = 0.99  # m of the momentum network; BYOL and DINO raise it to 1 by a cosine
+    queue: int = 4096  # embeddings of earlier batches
+    symmetric: bool = False  # MoCo: either view asks, the sum of both directions
+    splits: int = 8  # MoCo: parts of the batch that BatchNorm sees apart
+    leave_out: Literal["same", "none"] = "same"  # which images besides the anchor's own views are no negatives, by id
+    prototypes: int = 2048  # DINO: size of the last layer
+    support: int = 1  # FNC: views beside the two, that find false negatives, and are anchors and positives too
+    top: int = 10  # FNC: at most so many false negatives (views) an image
+    threshold: float = 0.7  # FNC: their least cosine
+    cancel: Literal["attract", "eliminate"] = "attract"  # FNC: they become positives, or leave the sum
     # optimisation
     optimizer: Literal["sgd"] = "sgd"
     lr: float = 0.03  # open: literal, not scaled by batch / 256
@@ -155,9 +167,11 @@ class RunConfig(_Config):
         for name, current in (("method_recipe", METHOD_RECIPES.get(self.method, 1)),
                               ("augment_recipe", AUGMENT_RECIPES.get(self.augment, 1))):  # fmt: skip
             object.__setattr__(self, name, getattr(self, name) or current)
-        self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder"),
-                     not_negative=("epochs", "pool", "method_recipe", "augment_recipe"))  # fmt: skip
+        self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder", "tau", "queue", "splits",
+                               "prototypes", "top"),
+                     not_negative=("epochs", "pool", "support", "method_recipe", "augment_recipe"))  # fmt: skip
         self._require(0 <= self.w <= 1, f"w must lie in [0, 1] (0 = autoencoder, 1 = SimSiam), got {self.w}.")
+        self._require(0 <= self.ema <= 1, f"ema must lie in [0, 1], got {self.ema}.")
         self._require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}.")
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,8 +31,10 @@ class Scale:
     transfer: tuple[str, ...] = ("photos", "digits", "photos")  # pre-training set, then those that are classified
 
 
-_SMALL = {"backbone": "small_cnn", "dim": 64, "hidden": 64, "pred_hidden": 16, "decoder": 64}
-_NARROW = {"width": 16, "dim": 256, "hidden": 256, "pred_hidden": 64, "decoder": 128}
+_SMALL = {"backbone": "small_cnn", "dim": 64, "hidden": 64, "pred_hidden": 16, "decoder": 64, "splits": 2,
+          "queue": 128, "prototypes": 64}
+_NARROW = {"width": 16, "dim": 256, "hidden": 256, "pred_hidden": 64, "decoder": 128, "splits": 4, "queue": 512,
+           "prototypes": 512}
 SCALES: dict[str, Scale] = {
     # tests and notebook validation: seconds
     "smoke": Scale(("digits", "photos"), (0,), (0.2, 0.1), {"digits": 2, "photos": 2}, 2, {**_SMALL, "batch": 64},
@@ -42,7 +44,8 @@ SCALES: dict[str, Scale] = {
                    {}, (20, 5)),
     # trends on real images without a GPU: hours. 65 x 39 and 55 x 46 steps, at least 2,500
     "laptop": Scale(("mnist", "fashion_mnist", "cifar10"), (0, 1, 2), (0.1, 0.01),
-                    {"mnist": 55, "fashion_mnist": 55, "cifar10": 65, "tinyimagenet32": 65}, 5, {**_NARROW, "batch": 128},
+                    {"mnist": 55, "fashion_mnist": 55, "cifar10": 65, "tinyimagenet32": 65}, 5,
+                    {**_NARROW, "batch": 128, "queue": 1024},
                     {"mnist": 6000, "fashion_mnist": 6000, "cifar10": 5000, "tinyimagenet32": 5000},
                     transfer=("tinyimagenet32", "cifar10")),
     # the paper's protocol, all of it
@@ -50,6 +53,18 @@ SCALES: dict[str, Scale] = {
                    dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "stl10", "tinyimagenet32"), 200), 8,
                    {"precision": "bf16"}, weights=tuple(k / 10 for k in range(11)), transfer=("stl10", "stl10", "cifar10")),
 }  # fmt: skip
+# What sets a method apart from the defaults on CIFAR-10, lr at batch 512: the MoCo demo's for MoCo, else the heads and the
+# rate (0.06 at batch 128) of lightly's CIFAR-10 benchmark; smaller scales cap the heads at their `hidden`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "simclr": {"dim": 128, "hidden": 512, "tau": 0.5, "lr": 0.24},
+    "moco_v2": {"dim": 128, "hidden": 512, "lr": 0.06},
+    "nnclr": {"dim": 256, "pred_hidden": 4096, "tau": 0.2, "lr": 0.24},
+    "fnc": {"dim": 128, "hidden": 512, "tau": 0.2, "lr": 0.24},
+    "byol": {"dim": 256, "hidden": 1024, "pred_hidden": 1024, "lr": 0.24},
+    "vicreg": {"lr": 0.24},
+    "dino": {"dim": 256, "lr": 0.24},
+    "barlow_twins": {"lr": 0.24},
+}
 GREY = ("mnist", "fashion_mnist", "digits")
 PROBES = ("linear", "logistic", "knn")
 
@@ -77,8 +92,12 @@ def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunC
     else:
         if dataset not in s.epochs:
             raise SidaeError(f"Scale {scale} has no length for {dataset!r}; its sets are {', '.join(s.epochs)}.")
+        pipeline = methods.METHODS[method].axes.augment
         fields |= {"epochs": s.epochs[dataset], "pool": s.pool.get(dataset, 0),
-                   "augment": "simsiam_grey" if dataset in GREY else "simsiam_cifar"}  # fmt: skip
+                   "augment": "simsiam_grey" if pipeline == "simsiam_cifar" and dataset in GREY else pipeline}  # fmt: skip
+        for k, v in RECIPES.get(method, {}).items():
+            cap = s.run.get("hidden", v) if k in ("dim", "hidden", "pred_hidden") else v
+            fields[k] = v * s.run.get("batch", 512) / 512 if k == "lr" else min(v, cap)
     return RunConfig.create(**fields | changes)
 
 

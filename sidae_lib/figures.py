@@ -19,13 +19,17 @@ from . import data, methods, paths, published
 from .config import RunConfig
 from .train import device_of, provenance, write
 
-# Okabe & Ito's colours, one per method in every figure; baselines are grey lines
-COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F"}
+# Okabe & Ito's colours, then Tol's and Brewer's dark ones, one per method in every figure; baselines are grey lines
+COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F",
+           "simclr": "#56B4E9", "moco_v2": "#E69F00", "nnclr": "#332288", "fnc": "#8C510A", "byol": "#CC79A7",
+           "vicreg": "#882255", "dino": "#999933", "barlow_twins": "#44AA99"}
 NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
-         "untrained": "Untrained"}
+         "untrained": "Untrained", "simclr": "SimCLR", "moco_v2": "MoCo v2", "nnclr": "NNCLR", "fnc": "FNC", "byol": "BYOL",
+         "vicreg": "VICReg", "dino": "DINO", "barlow_twins": "Barlow Twins"}
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
 PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
-MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^"}
+MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^", "simclr": "D", "moco_v2": "v", "nnclr": "<", "fnc": ">", "byol": "P",
+           "vicreg": "X", "dino": "p", "barlow_twins": "h"}
 OFFSETS = {"sidae": -0.15, "simsiam": 0.0, "dae": 0.15}  # of a method's marker from its row
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "legend.frameon": False, "svg.hashsalt": "sidae", "savefig.dpi": 200}

@@ -33,6 +33,15 @@ def sidae(l_si: Tensor, l_dae: Tensor, w: Tensor | float) -> Tensor:
     return w * l_si + (1 - w) * l_dae
 
 
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of every row of a (N, D) with every row of b (M, D): (N, M) in [-1, 1]; the gradient flows to both.
+
+    In float32 also under autocast: bfloat16 would round a score of 1 / tau = 10 by up to 0.03.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+
+
 def info_nce(sim: Tensor, positives: Tensor, drop: Tensor | None = None) -> Tensor:
     """Mean over rows of -log softmax at the positives (arXiv:1807.03748; averaged over positives as SupCon L_out).
 
@@ -44,3 +53,42 @@ def info_nce(sim: Tensor, positives: Tensor, drop: Tensor | None = None) -> Tens
         sim = sim.masked_fill(drop, float("-inf"))
     log_p = sim - sim.logsumexp(dim=1, keepdim=True)
     return -(torch.where(positives, log_p, 0.0).sum(1) / positives.sum(1)).mean()
+
+
+def vicreg(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Invariance s, variance v and covariance c of VICReg (arXiv:2105.04906, eq. 1 to 5); the loss is 25 s + 25 v + c.
+
+    z1, z2: (B, D), not normalised, B > 1; the gradient flows to both. Each scalar is >= 0: s the mean squared
+    difference, v the mean over both views of the hinge 1 - std (eps 1e-4), c the sum over both views of the squared
+    covariances off the diagonal, over D. As the official code; the paper's pseudocode adds the views in v too, twice it.
+    """
+    with torch.autocast(z1.device.type, enabled=False):
+        z1, z2 = z1.float(), z2.float()
+        v, c = z1.new_zeros(()), z1.new_zeros(())
+        for z in (z1, z2):
+            v = v + F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
+            z = z - z.mean(0)
+            c = c + 2 * (z.T @ z / (len(z) - 1)).triu(1).square().sum() / z.shape[1]  # symmetric: twice its upper half
+        return F.mse_loss(z1, z2), v, c
+
+
+def barlow_twins(z1: Tensor, z2: Tensor, weight: float = 0.0051) -> Tensor:
+    """Barlow Twins: sum_i (1 - C_ii)^2 + weight sum_{i != j} C_ij^2 (arXiv:2103.03230, eq. 1).
+
+    C (D, D) is the correlation of the views' dimensions over the batch. z1, z2: (B, D), B > 1, standardised here; the
+    gradient flows to both. Returns a scalar >= 0; 0 = equal views whose dimensions are uncorrelated.
+    """
+    with torch.autocast(z1.device.type, enabled=False):
+        z1, z2 = (F.batch_norm(z.float(), None, None, training=True) for z in (z1, z2))
+        c = z1.T @ z2 / len(z1)
+    return (1 - c.diagonal()).square().sum() + weight * c.square().fill_diagonal_(0).sum()
+
+
+def dino(s: Tensor, t: Tensor, centre: Tensor, tau: float, tau_t: float) -> Tensor:
+    """Cross-entropy of softmax((t - centre) / tau_t) and softmax(s / tau) (arXiv:2104.14294, eq. 2 and Algorithm 1).
+
+    s: (B, P) the student's scores, receives the gradient.  t: (B, P) the teacher's, held constant here.  centre: (P,).
+    Returns a scalar >= 0, the mean over the batch; log P when either is uniform and the other too.
+    """
+    p = F.softmax((t.detach() - centre) / tau_t, dim=1)
+    return -(p * F.log_softmax(s / tau, dim=1)).sum(1).mean()

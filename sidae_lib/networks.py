@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
@@ -95,11 +96,40 @@ def projector(features: int, hidden: int, dim: int, affine: bool = False) -> nn.
     )  # fmt: skip
 
 
-def predictor(dim: int, hidden: int) -> nn.Sequential:
-    """SimSiam's two-layer prediction MLP h, a bottleneck: (B, dim) -> (B, dim)."""
+def predictor(dim: int, hidden: int, out: int = 0) -> nn.Sequential:
+    """SimSiam's two-layer prediction MLP h, a bottleneck: (B, dim) -> (B, dim), or (B, out) as BYOL's projector."""
     return nn.Sequential(
-        nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
+        nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out or dim)
     )
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that, while training, normalises `splits` interleaved parts of the batch apart, as if each were on a GPU
+    of its own (MoCo's CIFAR demo); the running statistics move by the parts' mean. The parts are equally large."""
+
+    def __init__(self, channels: int, splits: int) -> None:
+        super().__init__(channels)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        (N, C, H, W), s = x.shape, self.splits
+        mean, var, weight, bias = (v.repeat(s) for v in (self.running_mean, self.running_var, self.weight, self.bias))
+        y = F.batch_norm(x.reshape(N // s, s * C, H, W), mean, var, weight, bias, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.running_mean.copy_(mean.view(s, C).mean(0))
+            self.running_var.copy_(var.view(s, C).mean(0))
+        return y.view(N, C, H, W)
+
+
+def split_batchnorm(net: nn.Module, splits: int) -> None:
+    """Replaces every BatchNorm2d of a network that is not trained yet; names and shapes of the weights stay."""
+    for name, child in net.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(net, name, SplitBatchNorm(child.num_features, splits))
+        else:
+            split_batchnorm(child, splits)
 
 
 def backbone(config: RunConfig) -> nn.Module:

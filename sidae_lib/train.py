@@ -69,6 +69,10 @@ def training_pairs(config: RunConfig, images: Images) -> Tensor:
         i = subset(n, count=config.pool, seed=config.pool_seed) if config.pool else torch.arange(n)
     if len(i) < config.batch and not methods.METHODS[config.method].labels and config.epochs:
         raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; take a smaller one.")
+    reads = methods.METHODS[config.method].reads
+    if "queue" in reads and config.epochs and (config.queue % config.batch or 2 * config.queue > len(i)):
+        raise SidaeError(f"queue must be a multiple of batch ({config.batch}) and at most half of the {len(i)} images, or it "
+                         f"holds earlier views of the batch's own, got {config.queue}.")  # fmt: skip
     return torch.stack([i, i], 1)
 
 
@@ -172,6 +176,7 @@ class Run:
         split = images.split(config.split)
         self.images, self.labels = split.images.to(device), None if split.labels is None else split.labels.to(device)
         self.paired = not bool((self.pairs[:, 0] == self.pairs[:, 1]).all())
+        self.support = config.support if "support" in self.method.reads else 0
         self.step, self.sums, self.history, self.seconds = 0, {}, [], 0.0
         self.set_mode(compile_mode(config, device, self.steps))
 
@@ -181,13 +186,14 @@ class Run:
         self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False) if mode == "step" else self.forward
 
     @torch.no_grad()
-    def see(self, xi: Tensor, xj: Tensor, p1: Params, p2: Params, batch: dict[str, Tensor]) -> tuple[tuple, dict]:
-        """uint8 images and parameters -> the two views and the batch, as methods expect them."""
-        v1, v2 = self.view1(xi, p1, self.mean, self.std), self.view2(xj, p2, self.mean, self.std)
+    def see(self, xi: Tensor, xj: Tensor, params: tuple[Params, ...], batch: dict[str, Tensor]) -> tuple[tuple, dict]:
+        """uint8 images and parameters -> the views and the batch, as methods expect them."""
+        make = (self.view1, self.view2, *[self.view1] * self.support)
+        views = (v(x, p, self.mean, self.std) for v, x, p in zip(make, (xi, xj, *[xi] * self.support), params, strict=True))
         x1 = (xi / 255 - self.mean) / self.std
         x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
         batch = {**batch, "x1": x1, "x2": x2, "mean": self.mean, "std": self.std, "w": self.w}
-        return tuple(v.contiguous(memory_format=torch.channels_last) for v in (v1, v2)), batch
+        return tuple(v.contiguous(memory_format=torch.channels_last) for v in views), batch
 
     def forward(self, *samples: Any) -> tuple[dict, dict]:
         """What `see` takes -> the method's scalars, and the sums that z_std is made of."""
@@ -197,21 +203,21 @@ class Run:
         zn = F.normalize(out.pop("z").float(), dim=1)
         return out, {"z": zn.sum(0), "zz": zn.square().sum(0)}
 
-    def draw(self, epoch: int) -> tuple[Tensor, Params, Params]:
-        """The epoch's order of pairs and the parameters of both views: a function of (seed, epoch) on every device."""
+    def draw(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
+        """The epoch's order of pairs and the parameters of its views: a function of (seed, epoch) on every device."""
         generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
         order = self.pairs[torch.randperm(len(self.pairs), generator=generator)].to(self.device)
-        draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator)
+        draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator, self.support)
         return order, *({k: v.to(self.device) for k, v in p.items()} for p in draws)
 
-    def samples(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> tuple:
+    def samples(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> tuple:
         """Samples a to b of a drawn epoch, as `see` takes them."""
-        (i, j), (p1, p2) = drawn[0][a:b].unbind(1), ({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
+        (i, j), params = drawn[0][a:b].unbind(1), tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
-        return xi, self.images[j] if self.paired else xi, p1, p2, batch
+        return xi, self.images[j] if self.paired else xi, params, batch
 
-    def gauges(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> dict[str, float]:
+    def gauges(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> dict[str, float]:
         """The method's gauges on these samples; BatchNorm's statistics, which the look would move, are put back."""
         before = {k: v.clone() for k, v in self.method.named_buffers()}
         out = {k: v.item() for k, v in self.method.gauges(*self.see(*self.samples(drawn, a, b))).items()}
@@ -219,7 +225,7 @@ class Run:
             v.copy_(before[k])
         return out
 
-    def advance(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> None:
+    def advance(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> None:
         """One optimiser step on samples a to b of a drawn epoch."""
         out, moments = self.compiled(*self.samples(drawn, a, b))
         self.optimizer.zero_grad()

@@ -9,11 +9,12 @@ import pytest
 import torch
 from scipy import stats
 from torch import Generator
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import RandomResizedCrop as TVRandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from sidae_lib import augment
-from sidae_lib.augment import VIEWS, ColorJitter, Flip, GaussianBlur, Greyscale, PadRotateScale
+from sidae_lib.augment import VIEWS, ColorJitter, Flip, GaussianBlur, Greyscale, PadRotateScale, RandomResizedCrop, Solarize
 from sidae_lib.config import SidaeError
 
 N = 1_000  # parameter sets, sample k on image k % 256
@@ -64,6 +65,10 @@ def tv_flip(image, on):
     return TF.horizontal_flip(image) if on else image
 
 
+def tv_solarize(image, on):
+    return TF.solarize(image, 0.5) if on else image
+
+
 def tv_blur(image, kernel, sigma):
     return TF.gaussian_blur(image, [kernel, kernel], [sigma, sigma]) if sigma else image
 
@@ -88,8 +93,8 @@ def test_crop_equals_torchvision(size):
     assert torch.allclose(crop(x, {"crop": box}), per_image(tv_crop, x, box), atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("op, reference", [(Flip(), tv_flip), (Greyscale(), tv_grey)])
-def test_flip_and_greyscale_equal_torchvision(op, reference):
+@pytest.mark.parametrize("op, reference", [(Flip(), tv_flip), (Greyscale(), tv_grey), (Solarize(), tv_solarize)])
+def test_flip_greyscale_and_solarize_equal_torchvision(op, reference):
     x, params = colours(), op.draw(N, 32, seeded())
     expected = per_image(reference, x, params[op.name])
     assert torch.allclose(op(x, params), expected, atol=1e-6, rtol=0)
@@ -160,7 +165,7 @@ def test_crop_boxes_follow_torchvision(crop, scale, ratio):
     box = crop.draw(DRAWS, 32, seeded())["crop"].double()
     torch.manual_seed(0)
     image = torch.empty(1, 32, 32)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(DRAWS)]).double()
+    theirs = torch.tensor([TVRandomResizedCrop.get_params(image, scale, ratio) for _ in range(DRAWS)]).double()
     for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1],
                     lambda b: 32 - b[:, 0] - b[:, 2], lambda b: b[:, 0] - b[:, 1]):
         assert ks(measure(box), measure(theirs)) > 1e-3
@@ -187,6 +192,7 @@ def test_blur_and_angle_parameters():
 def test_flip_and_greyscale_probabilities():
     assert share_is(Flip().draw(DRAWS, 32, seeded())["flip"], 0.5)
     assert share_is(Greyscale().draw(DRAWS, 32, seeded())["grey"], 0.2)
+    assert share_is(Solarize().draw(DRAWS, 32, seeded())["solarize"], 0.2)
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
@@ -199,11 +205,22 @@ def test_draw_is_a_function_of_the_generator(name):
             assert torch.equal(v, again[view][k]) and not torch.equal(v, other[view][k])
             assert len(v) == 64 and v.dtype in (torch.float32, torch.int64)
             assert len(v.unique(dim=0)) > 1  # two samples of a batch differ
-            assert not torch.equal(first[0][k], first[1][k])  # the two views differ
+            assert k not in first[1 - view] or not torch.equal(first[0][k], first[1][k])  # the two views differ
+
+
+def test_support_views_come_after_and_change_nothing_before():
+    """FNC's more views: like the first in kind, each with parameters of its own."""
+    for name in ("simclr", "byol"):
+        two, four = VIEWS[name].draw(64, 32, seeded()), VIEWS[name].draw(64, 32, seeded(), support=2)
+        assert len(two) == 2 and len(four) == 4
+        assert all(torch.equal(v, four[n][k]) for n in (0, 1) for k, v in two[n].items())
+        assert four[2].keys() == four[3].keys() == two[0].keys()
+        for a, b in itertools.combinations((0, 2, 3), 2):
+            assert not any(torch.equal(v, four[b][k]) for k, v in four[a].items())
 
 
 @pytest.mark.parametrize("name, channels", [("simsiam_cifar", 1), ("simsiam_cifar", 3), ("simsiam_grey", 1),
-                                            ("simsiam_grey", 3), ("fer", 3)])
+                                            ("simsiam_grey", 3), ("fer", 3), ("byol", 3)])
 def test_every_sample_has_its_own_view_wherever_the_batch_is_cut(name, channels):
     images = pictures(200, channels=channels)[100:101].expand(8, -1, -1, -1)
     params, _ = VIEWS[name].draw(8, 32, seeded())
@@ -255,8 +272,39 @@ def test_simsiam_grey_is_the_same_with_blur():
     assert torch.allclose(got * STD.view(3, 1, 1) + MEAN.view(3, 1, 1), v, atol=1 / 255, rtol=0)
 
 
+def pipeline(name, view):
+    """What torchvision makes of the parameters drawn, step by step; and ours."""
+    views, x = VIEWS[name], pictures()
+    params = views.draw(N, 32, seeded())
+    generator = seeded()
+    for op in (*views.first, *views.second)[: len(views.first) * view]:
+        op.draw(N, 32, generator)
+    (views.first, views.second)[view][0].draw(N, 32, generator)  # crop and flip come before the jitter
+    Flip().draw(N, 32, generator)
+    got = augment.apply((views.first, views.second)[view], x, params[view], MEAN, STD)
+    return x / 255, params[view], generator, got * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)
+
+
+@pytest.mark.parametrize("name, view, saturation, low", [
+    ("simclr", 0, 0.4, 0.08), ("simclr", 1, 0.4, 0.08), ("byol", 0, 0.2, 0.08), ("byol", 1, 0.2, 0.08), ("dino", 0, 0.2, 0.14),
+    ("dino", 1, 0.2, 0.14)])
+def test_contrastive_pipelines_are_the_papers_lists_in_order(name, view, saturation, low):
+    """Crop, flip, jitter, grey; on view 2 of BYOL and DINO solarisation too."""
+    v, p, generator, got = pipeline(name, view)
+    factors, order = ColorJitter(0.4, 0.4, saturation, 0.1, p=0.8).sample(N, generator)
+    v = per_image(tv_flip, per_image(tv_crop, v, p["crop"]), p["flip"])
+    v = per_image(tv_grey, per_image(tv_jitter, v, factors, order), p["grey"])
+    if name != "simclr" and view:
+        edge = (v - 0.5).abs() < EXACT  # within rounding of the threshold a pixel may go either way
+        v, got = per_image(tv_solarize, v, p["solarize"]).masked_fill(edge, 0), got.masked_fill(edge, 0)
+    assert torch.allclose(got, v, atol=EXACT, rtol=0)
+    area = (p["crop"][:, 2] * p["crop"][:, 3]).min().item() / 32**2
+    assert low * 0.8 < area < low * 1.3
+    assert (VIEWS[name].first[0], "blur" in p) == (RandomResizedCrop((low, 1.0)), False)
+
+
 @pytest.mark.parametrize("name", ["simsiam_cifar", *(pytest.param(n, marks=pytest.mark.slow)
-                                                     for n in ("simsiam_grey", "fer"))])
+                                                     for n in ("simsiam_grey", "simclr", "fer"))])
 def test_compiled_equals_eager(name):
     images, (params, _) = pictures(64), VIEWS[name].draw(64, 32, seeded())
     eager = augment.apply(VIEWS[name].first, images, params, MEAN, STD)
@@ -272,7 +320,7 @@ def test_autocast_changes_no_pixel():
 
 
 def test_unknown_name():
-    with pytest.raises(SidaeError, match="'simsiam'.*simsiam_cifar, simsiam_grey, fer, none"):
+    with pytest.raises(SidaeError, match="'simsiam'.*simsiam_cifar, simsiam_grey, .*fer, none"):
         augment.check("simsiam")
     for name in VIEWS:
         augment.check(name)

@@ -30,7 +30,8 @@ RUN_DEFAULTS = {  # a key leaves out what is at its default, so no default ever 
     "decoder": 512, "w": 0.5, "target": "standardised", "recon": "mean", "recon_target": "clean", "output": "linear",
     "optimizer": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 0.0005, "decay_bias": True, "schedule": "cosine",
     "predictor_lr": "schedule", "batch": 512, "epochs": 200, "precision": "fp32", "method_recipe": 0,
-    "augment_recipe": 0,
+    "augment_recipe": 0, "tau": 0.1, "ema": 0.99, "queue": 4096, "symmetric": False, "splits": 8, "leave_out": "same",
+    "prototypes": 2048, "support": 1, "top": 10, "threshold": 0.7, "cancel": "attract",
 }  # fmt: skip
 EVAL_DEFAULTS = {
     "kind": "linear", "epoch": -1, "data": "", "labels": 1.0, "label_count": 0, "label_seed": 0, "seed": -1,
@@ -85,7 +86,8 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
     other = {"method": "dae", "data": "1", "split": "unlabeled", "resize": "bilinear", "augment": "none", "channels": 1,
              "backbone": "small_cnn", "stem": "cifar", "proj_affine": True, "target": "unit", "recon": "sum",
              "recon_target": "view", "output": "tanh", "schedule": "constant", "decay_bias": False, "precision": "bf16",
-             "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5}  # fmt: skip
+             "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5, "ema": 0.5, "symmetric": True,
+             "leave_out": "none", "cancel": "eliminate"}  # fmt: skip
     changed = [run().replace(**{f.name: other.get(f.name, 7)}) for f in fields(RunConfig) if f.name != "optimizer"]
     assert len({c.key() for c in [run(), *changed]}) == len(fields(RunConfig))
     other = {"run": run(seed=1), "kind": "knn", "data": "1", "labels": 0.5, "score_on": "val", "momentum": 0.5,
@@ -156,10 +158,13 @@ BAD = [
     ({"pool_seed": -1}, "pool_seed"), ({"label_seed": -1}, "label_seed"), ({"momentum": -0.1}, "momentum"),
     ({"momentum": 1}, "momentum must lie in [0, 1)"), ({"channels": 2}, "channels must be 1 or 3"),
     ({"method_recipe": -1}, "method_recipe"), ({"method_recipe": ""}, "method_recipe"), ({"augment_recipe": []}, "int"),
-    *(({name: 0}, f"{name} must be positive") for name in ("lr", "size", "width", "dim", "hidden", "pred_hidden")),
+    *(({name: 0}, f"{name} must be positive") for name in ("lr", "size", "width", "dim", "hidden", "pred_hidden", "tau",
+                                                           "queue", "splits", "prototypes", "top")),
+    ({"ema": 1.1}, "ema must lie in [0, 1]"), ({"ema": -0.1}, "ema"), ({"support": -1}, "support must not be negative"),
     ({"decoder": -1}, "decoder must be positive"), *(({name: "x"}, f"Unknown {name} 'x'; choose from") for name in (
         "split", "resize", "backbone", "stem", "target", "recon", "recon_target", "output", "optimizer", "schedule",
-        "predictor_lr", "precision")), ({"stem": ["cifar"]}, "Unknown stem"), ({"stem": None}, "imagenet, cifar"),
+        "predictor_lr", "precision", "leave_out", "cancel")),
+    ({"stem": ["cifar"]}, "Unknown stem"), ({"stem": None}, "imagenet, cifar"),
 ]  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from pytest import approx
 
-from sidae_lib.losses import info_nce, neg_cosine, recon_mse, sidae
+from sidae_lib.losses import barlow_twins, dino, info_nce, neg_cosine, recon_mse, sidae, vicreg
+from sidae_lib.losses import cosine as cosines
 
 
 def noise(*shape, seed=0, grad=False):
@@ -223,3 +224,137 @@ def test_info_nce_is_finite_at_a_low_temperature(B):
     assert loss.isfinite() and z.grad.isfinite().all()
     opposite = info_nce(-(cosine(z.detach()) / 0.008), positives, drop)
     assert opposite.isfinite() and opposite >= 0
+
+
+# --- cosine ---------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_is_a_loop_in_float32():
+    a, b = noise(5, 8), noise(4, 8, seed=1)
+    got = cosines(3 * a, b / 7)
+    for i in range(5):
+        for j in range(4):
+            assert got[i, j].item() == approx((a[i] @ b[j] / (a[i].norm() * b[j].norm())).item(), abs=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cosines(3 * a, b / 7), got)
+
+
+# --- VICReg ---------------------------------------------------------------------------------------------------------
+
+
+def white(B, D):
+    """(B, D): every column of mean 0, variance 1 (with B - 1), and no two correlated."""
+    z = noise(B, D, seed=5).double()
+    q, _ = torch.linalg.qr(z - z.mean(0))
+    return (q * math.sqrt(B - 1)).float()
+
+
+def test_vicreg_closed_form():
+    z = white(32, 8)
+    assert [t.item() for t in vicreg(z, z)] == approx([0, 0, 0], abs=1e-6)
+    s, v, c = vicreg(z, z + 2)  # the spread does not see where the cloud is
+    assert (s.item(), v.item(), c.item()) == (approx(4, rel=1e-5), approx(0, abs=1e-6), approx(0, abs=1e-6))
+    s, v, c = vicreg(torch.ones(32, 8), torch.ones(32, 8))  # collapse: the official value, not twice it
+    assert (s.item(), v.item(), c.item()) == (0, approx(1 - 0.01, rel=1e-5), 0)
+    s, v, c = vicreg(z, torch.ones(32, 8))
+    assert v.item() == approx(0.99 / 2, rel=1e-4) and c.item() == approx(0, abs=1e-6)
+    equal = z[:, :1].expand(-1, 8)  # all covariances 1: D (D - 1) / D in each view
+    assert vicreg(equal, equal)[2].item() == approx(2 * 7, rel=1e-5)
+
+
+def test_vicreg_is_a_loop():
+    z1, z2 = noise(6, 4).double(), (0.3 * noise(6, 4, seed=1)).double()
+    v = c = 0.0
+    for z in (z1, z2):
+        mean = [sum(z[:, d].tolist()) / 6 for d in range(4)]
+        cov = [[sum((z[n, a].item() - mean[a]) * (z[n, b].item() - mean[b]) for n in range(6)) / 5 for a in range(4)]
+               for b in range(4)]  # fmt: skip
+        v += sum(max(0, 1 - math.sqrt(cov[d][d] + 1e-4)) for d in range(4)) / 4 / 2
+        c += sum(cov[a][b] ** 2 for a in range(4) for b in range(4) if a != b) / 4
+    s = sum((a - b) ** 2 for a, b in zip(z1.flatten().tolist(), z2.flatten().tolist(), strict=True)) / 24
+    assert [t.item() for t in vicreg(z1, z2)] == approx([s, v, c], rel=1e-5)
+    assert [t.item() for t in vicreg(z2.flip(0), z1.flip(0))] == approx([s, v, c], rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e6])
+def test_vicreg_gradient_reaches_both_views_and_is_finite(scale):
+    z1, z2 = (scale * noise(8, 4)).requires_grad_(), (scale * noise(8, 4, seed=1)).requires_grad_()
+    terms = vicreg(z1, z2)
+    (25 * terms[0] + 25 * terms[1] + terms[2]).backward()
+    assert all(t.isfinite() and t >= 0 for t in terms) and z1.grad.isfinite().all() and z2.grad.isfinite().all()
+    assert scale == 0 or ((z1.grad.abs().sum() > 0) and (z2.grad.abs().sum() > 0))
+
+
+# --- Barlow Twins ---------------------------------------------------------------------------------------------------
+
+
+def test_barlow_twins_closed_form():
+    z = white(32, 8)
+    assert barlow_twins(z, z).item() == approx(0, abs=1e-4)
+    assert barlow_twins(z, -z).item() == approx(4 * 8, rel=1e-4)
+    assert barlow_twins(z, z.roll(1, 1)).item() == approx(8 + 0.0051 * 8, rel=1e-4)
+    equal = z[:, :1].expand(-1, 8)
+    assert barlow_twins(equal, equal).item() == approx(0.0051 * 8 * 7, rel=1e-3)
+    scale, shift = torch.rand(8) + 0.5, noise(8, seed=2)
+    assert barlow_twins(scale * z + shift, z).item() == approx(0, abs=1e-4)  # each dimension is standardised
+
+
+def test_barlow_twins_is_a_loop():
+    z1, z2 = noise(6, 4), noise(6, 4, seed=1)
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
+    slow = 0.0
+    for i in range(4):
+        for j in range(4):
+            c = sum((a[n, i] * b[n, j]).item() for n in range(6)) / 6
+            slow += (1 - c) ** 2 if i == j else 0.0051 * c**2
+    assert barlow_twins(z1, z2).item() == approx(slow, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e6])
+def test_barlow_twins_gradient_reaches_both_views_and_is_finite(scale):
+    z1, z2 = (scale * noise(8, 4)).requires_grad_(), (scale * noise(8, 4, seed=1)).requires_grad_()
+    loss = barlow_twins(z1, z2)
+    loss.backward()
+    assert loss.isfinite() and loss >= 0 and z1.grad.isfinite().all() and z2.grad.isfinite().all()
+    assert scale == 0 or ((z1.grad.abs().sum() > 0) and (z2.grad.abs().sum() > 0))
+
+
+# --- DINO -----------------------------------------------------------------------------------------------------------
+
+
+def test_dino_closed_form():
+    uniform, P = torch.zeros(4, 10), 10
+    assert dino(uniform, uniform, torch.zeros(P), 0.1, 0.04).item() == approx(math.log(P))
+    one_hot = 50 * torch.eye(4, 10)
+    assert dino(one_hot, one_hot, torch.zeros(P), 0.1, 0.04).item() == approx(0, abs=1e-6)
+    assert dino(one_hot, one_hot.roll(1, 1), torch.zeros(P), 10, 0.04).item() == approx(  # s / tau is 5 at the wrong one
+        math.log(math.exp(5) + 9), rel=1e-5)
+    assert dino(one_hot, uniform + 3, torch.zeros(P), 50, 0.04).item() == approx(  # s / tau is one-hot
+        math.log(math.e + 9) - 1 / P, rel=1e-5)
+    favourite = torch.eye(10)[3].expand(4, 10)
+    assert dino(uniform, favourite, favourite[0], 0.1, 0.04).item() == approx(math.log(P))
+    s = noise(4, 10, seed=1)
+    centred = dino(s, favourite, favourite[0], 0.1, 0.04).item()  # what all images share is taken out
+    assert centred == approx(dino(s, uniform, torch.zeros(P), 0.1, 0.04).item(), rel=1e-6)
+
+
+def test_dino_is_a_loop_and_its_gradient_reaches_the_student_alone():
+    s, t, centre = noise(3, 5, grad=True), noise(3, 5, seed=1, grad=True), noise(5, seed=2)
+    slow = 0.0
+    for n in range(3):
+        e = [math.exp((t[n, k] - centre[k]).item() / 0.5) for k in range(5)]
+        f = [math.exp(s[n, k].item() / 0.3) for k in range(5)]
+        slow -= sum(e[k] / sum(e) * math.log(f[k] / sum(f)) for k in range(5)) / 3
+    loss = dino(s, t, centre, 0.3, 0.5)
+    loss.backward()
+    assert loss.item() == approx(slow, rel=1e-5) and s.grad.abs().sum() > 0 and t.grad is None
+
+
+@pytest.mark.parametrize("tau", [1e-4, 1e4])
+def test_dino_is_finite_at_extreme_temperatures(tau):
+    s, t = noise(8, 50, grad=True), noise(8, 50, seed=1)
+    for tau_t in (1e-4, 1e4):
+        s.grad = None
+        loss = dino(s, t, torch.zeros(50), tau, tau_t)
+        loss.backward()
+        assert loss.isfinite() and loss >= 0 and s.grad.isfinite().all()

@@ -269,7 +269,8 @@ def test_unknown_names():
         sentence(lambda: call(RunConfig(method="dae", data="0", augment="fog")), "'fog'", *augment.VIEWS)  # noqa: B023
 
 
-OTHER = {"w": 0.25, "predictor_lr": "constant", "proj_affine": True, "target": "unit", "recon": "sum",
+OTHER = {"ema": 0.5, "symmetric": True, "leave_out": "none", "cancel": "eliminate",
+         "w": 0.25, "predictor_lr": "constant", "proj_affine": True, "target": "unit", "recon": "sum",
          "recon_target": "view", "output": "tanh", "labels": 0.5}  # fmt: skip
 
 

@@ -249,3 +249,44 @@ def test_z_std():
     assert spread(noise(500, 1) @ line) == approx((line.abs().mean() / line.norm()).item(), rel=1e-2)  # plus and minus
     z = noise(300, 16) * torch.arange(1, 17) + 3
     assert spread(z) == approx(nn.functional.normalize(z.double(), dim=1).std(0, correction=0).mean().item(), rel=1e-9)
+
+
+# --- BatchNorm in splits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_split_batchnorm_is_batchnorm_on_every_split(splits):
+    ours, x = networks.SplitBatchNorm(3, splits), 2 + 3 * noise(8, 3, 5, 4)
+    with torch.no_grad():
+        ours.weight.copy_(noise(3, seed=1))
+        ours.bias.copy_(noise(3, seed=2))
+    apart = [nn.BatchNorm2d(3) for _ in range(splits)]
+    for bn in apart:
+        bn.load_state_dict(ours.state_dict())
+    y, expected = ours(x), torch.empty_like(x)
+    for n, bn in enumerate(apart):
+        expected[n::splits] = bn(x[n::splits])
+    assert torch.allclose(y, expected, atol=1e-5)
+    for k in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(bn, k) for bn in apart]).mean(0)
+        assert torch.allclose(getattr(ours, k), mean, atol=1e-6)
+    g1 = torch.autograd.grad((y * x).sum(), (ours.weight, ours.bias))
+    g2 = torch.autograd.grad((expected * x).sum(), [p for bn in apart for p in bn.parameters()])
+    assert torch.allclose(g1[0], sum(g2[::2]), atol=1e-4) and torch.allclose(g1[1], sum(g2[1::2]), atol=1e-4)
+    plain = nn.BatchNorm2d(3).eval()
+    plain.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.eval()(x), plain(x))  # probes see no splits
+
+
+@pytest.mark.parametrize("build", [ResNet, SmallCNN])
+def test_split_batchnorm_keeps_every_name(build):
+    torch.manual_seed(0)
+    net = build()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    networks.split_batchnorm(net, 2)
+    after = net.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(isinstance(m, networks.SplitBatchNorm) and m.splits == 2 for m in norms)
+    x = noise(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(net(x), net.to(memory_format=torch.channels_last)(x), atol=1e-4)

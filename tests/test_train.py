@@ -118,8 +118,9 @@ def test_gauges_leave_no_trace(config, tmp_path, monkeypatch):
     assert all(torch.equal(v, other[k]) for k, v in one.items()) and any("running_mean" in k for k in one)
 
 
-@pytest.mark.parametrize("method", ["sidae", "simsiam", "dae", "supervised"])
-@pytest.mark.parametrize("at", [1, 4, 7])
+@pytest.mark.parametrize(("method", "at"), [
+    *((m, at) for m in ("sidae", "simsiam", "dae", "supervised") for at in (1, 4, 7)),
+    *((m, 3) for m in ("simclr", "moco_v2", "nnclr", "fnc", "byol", "vicreg", "barlow_twins", "dino"))])
 def test_a_stopped_run_equals_one_that_was_not(method, at, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch, at its end and before the last step: tensors and record bit for bit."""
     config = experiments.run(method, "digits", "smoke", **({"label_count": 250, "batch": 64, "epochs": 2}

@@ -5,6 +5,8 @@ import dataclasses
 from .. import augment
 from ..config import RunConfig, SidaeError
 from .base import Axes, Method
+from .contrastive import FNC, NNCLR, MoCo, SimCLR
+from .siamese import BYOL, DINO, BarlowTwins, VICReg
 from .sidae import DenoisingAutoencoder, SidAE, SimSiam
 from .supervised import Supervised, Untrained
 
@@ -14,6 +16,14 @@ METHODS: dict[str, type[Method]] = {
     "dae": DenoisingAutoencoder,
     "supervised": Supervised,
     "untrained": Untrained,
+    "simclr": SimCLR,
+    "moco_v2": MoCo,
+    "nnclr": NNCLR,
+    "fnc": FNC,
+    "byol": BYOL,
+    "vicreg": VICReg,
+    "dino": DINO,
+    "barlow_twins": BarlowTwins,
 }
 SHARED = {f for m in METHODS.values() for f in m.reads}  # fields that some methods read and others do not
 

@@ -1,9 +1,12 @@
 """What every method is: a module with a loss, and five named choices (arXiv:2009.00104)."""
 
+import copy
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import networks
 from ..config import RunConfig
@@ -39,8 +42,8 @@ class Method(nn.Module):
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars with the key `loss`; and, not recorded as such, `z` (B, D), the projection whose spread is watched.
 
-        views: two (B, C, S, S), normalised.  batch: x1, x2 (B, C, S, S) clean and normalised images i and j, labels,
-        i, j (B,), and mean, std (C, 1, 1). Pure, but for what it stages for `after_step`.
+        views: two (B, C, S, S), normalised, and FNC's support after them.  batch: x1, x2 (B, C, S, S) clean and normalised
+        images i and j, labels, i, j (B,), and mean, std (C, 1, 1). Pure, but for what it stages for `after_step`.
         """
         raise NotImplementedError
 
@@ -59,9 +62,27 @@ class Method(nn.Module):
         """Optimiser groups; `fixed` marks those whose rate stays constant."""
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue  # a momentum network's
             decay = self.config.decay_bias or p.ndim > 1
             fixed = self.config.predictor_lr == "constant" and name.startswith("predictor.")
             groups.setdefault((decay, fixed), []).append(p)
         wd = self.config.weight_decay
         return [{"params": ps, "lr": lr, "weight_decay": wd * decay, "fixed": fixed}
                 for (decay, fixed), ps in groups.items()]
+
+
+def momentum_copy(*parts: nn.Module) -> nn.Module:
+    """The parts in a row, with weights of their own that no gradient reaches: a key, target or teacher network."""
+    return copy.deepcopy(nn.Sequential(*parts)).requires_grad_(False)
+
+
+def follow(target: nn.Module, m: float, *parts: nn.Module) -> None:
+    """t <- m t + (1 - m) p over the parameters; BatchNorm's running statistics stay the target's own, as in the
+    official code of MoCo and DINO."""
+    get_ema_multi_avg_fn(m)(list(target.parameters()), [p for part in parts for p in part.parameters()], None)
+
+
+def raised(m: float, progress: float) -> float:
+    """BYOL's momentum, m at the start and 1 at the end by a cosine (arXiv:2006.07733, Sec. 3.3)."""
+    return 1 - (1 - m) * (math.cos(math.pi * progress) + 1) / 2
