@@ -95,9 +95,9 @@ class DINO(Method):
         s1, s2 = (losses.cosine(z, weight) for z in (z1, z2))  # (B, P)
         with torch.no_grad():
             t1, t2 = (losses.cosine(self.teacher[:2](v), self.teacher[2].weight) for v in views)
-            entropy = losses.dino(t1 - self.centre, t1, self.centre, self.TAU_T, self.TAU_T)  # with itself
+            self.staged = t = torch.cat([t1, t2])
+            entropy = losses.dino(t - self.centre, t, self.centre, self.TAU_T, self.TAU_T)  # with itself
         loss = sum(losses.dino(s, t, self.centre, self.config.tau, self.TAU_T) for s, t in ((s1, t2), (s2, t1))) / 2
-        self.staged = torch.cat([t1, t2])
         return {"loss": loss, "z": z1.detach(), "teacher_entropy": entropy}
 
     def after_step(self, progress: float) -> None:
