@@ -235,7 +235,7 @@ def test_finite_where_every_image_is_the_same(method):
         assert all(t.isfinite().all() for t in (*out.values(), *m.state_dict().values()))
 
 
-@pytest.mark.parametrize("method", NEW)
+@pytest.mark.parametrize("method", ["moco_v2", *(pytest.param(m, marks=pytest.mark.slow) for m in NEW if m != "moco_v2")])
 def test_one_graph_holds_the_loss(method):
     """No break in what `step` mode compiles, and what is staged inside reaches `after_step` outside."""
     m, plain, (views, batch) = build(method), build(method), inputs()
@@ -271,8 +271,8 @@ def test_queue_fits_batch_and_pool(method):
     run = experiments.run(method, "digits", "smoke")
     for changes in ({"queue": 96}, {"queue": 192}, {"queue": 256}):
         with pytest.raises(SidaeError, match=f"multiple of batch .64. and at most half of the 256 .* got {changes['queue']}"):
-            train.training_pairs(run.replace(**changes), images)
-    assert len(train.training_pairs(run, images)) == 256
+            train.Run(run.replace(**changes), images, torch.device("cpu"))
+    assert len(train.Run(run, images, torch.device("cpu")).pairs) == 256
 
 
 SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "digits": 1437, "photos": 5700}
