@@ -163,8 +163,8 @@ class FNC(SimCLR):
 
     An image's false negatives are the views of other images whose cosine with any of its views (their maximum) is among
     the `top` and above `threshold`. `attract` makes them positives, as the official code, whose views are all anchors,
-    positives and support; `eliminate` leaves them out of the sum. Mean over all rows; the official code has V / 2 times
-    this. Deviations: no RandAugment, no memory of momentum embeddings.
+    positives and support; `eliminate` leaves them out of the sum. Mean over all rows; the official code has twice this.
+    Deviations: no RandAugment, no memory of momentum embeddings.
     Records, an image: `fn_found`, `fn_right` with its label, `fn_all` that there are; with ordinary pairs (i, i)
     precision = fn_right / fn_found, recall = fn_right / fn_all.
     """
