@@ -20,6 +20,10 @@ GOLDEN = {  # every record is filed under its key: these never change
     RunConfig(method="dae", data="42d24bb1f8bd4149", backbone="small_cnn", dim=64, hidden=64, decoder=64, batch=64,
               epochs=2, pool=256, weight_decay=1e-6): "2492d730622ea1b0",
     RunConfig(method="untrained", data="", epochs=0, augment="none"): "b5a8d8e46527074b",
+    RunConfig(method="moco_v2", data="131428effbc89b28", augment="simclr", dim=128, hidden=512, lr=0.06, symmetric=True,
+              leave_out="none"): "f228289cd6d44d62",
+    RunConfig(method="fnc", data="131428effbc89b28", augment="simclr", dim=128, hidden=512, tau=0.2, support=2,
+              cancel="eliminate"): "5e589738cc418581",
     EvalConfig(run=RUN): "584860157aea5965",
     EvalConfig(run=RUN, kind="knn", epoch=25, labels=0.01, data="4c3c3722cb5ddee1", score_on="val"): "b305d955ea1ccf0a",
 }  # fmt: skip
