@@ -116,6 +116,28 @@ class Greyscale:
 
 
 @dataclass(frozen=True)
+class Translate:
+    """A shift by up to `pixels` in both directions with probability p, what it uncovers reflected (AMDIM's code).
+
+    Parameter: (n, 2) int64 rows and columns, 0 = not shifted; the sample's top left corner is what lay that far in.
+    """
+
+    pixels: int = 4
+    p: float = 0.8
+    name: str = "translate"
+
+    def draw(self, n: int, size: int, generator: Generator) -> Params:
+        shift = torch.randint(-self.pixels, self.pixels + 1, (n, 2), generator=generator)
+        return {self.name: shift * (torch.rand(n, 1, generator=generator) < self.p)}
+
+    def __call__(self, x: Tensor, params: Params) -> Tensor:
+        last = x.shape[-1] - 1
+        source = torch.arange(last + 1, device=x.device) + params[self.name][..., None]  # (B, 2, S)
+        rows, cols = (last - (last - source.abs()).abs()).unbind(1)  # reflected
+        return x.gather(2, rows[:, None, :, None].expand_as(x)).gather(3, cols[:, None, None].expand_as(x))
+
+
+@dataclass(frozen=True)
 class ColorJitter:
     """Brightness, contrast, saturation and hue in random order with probability p, as torchvision's ColorJitter.
 
@@ -264,17 +286,19 @@ class PadRotateScale:
 
 @dataclass(frozen=True)
 class Views:
-    """A pipeline of two views: the ops of each, in order."""
+    """A pipeline of two views: the ops of each, in order, and the parameters that both views share."""
 
     first: tuple[Op, ...]
     second: tuple[Op, ...]
+    shared: tuple[str, ...] = ()
 
     def draw(self, n: int, size: int, generator: Generator, support: int = 0) -> tuple[Params, ...]:
         """Parameters of n samples of size x size pixels for view 1, view 2 and `support` more like the first: CPU
         tensors (n, ...), to be sliced. A function of the generator alone.
         """
-        return tuple({k: v for op in ops for k, v in op.draw(n, size, generator).items()}
-                     for ops in (self.first, self.second, *[self.first] * support))
+        first, *others = ({k: v for op in ops for k, v in op.draw(n, size, generator).items()}
+                          for ops in (self.first, self.second, *[self.first] * support))
+        return first, *(p | {k: first[k] for k in self.shared} for p in others)
 
 
 def apply(ops: tuple[Op, ...], images: Tensor, params: Params, mean: Tensor, std: Tensor) -> Tensor:
@@ -297,6 +321,7 @@ _GREY = (ColorJitter(saturation=0.0, hue=0.0), RandomResizedCrop(), Flip(), Gaus
 _SIMCLR = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(), Greyscale())
 _BYOL = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(saturation=0.2), Greyscale())  # arXiv:2006.07733, App. B
 _DINO = (RandomResizedCrop((0.14, 1.0)), *_BYOL[1:])  # BYOL's but for the crop of two views (arXiv:2104.14294)
+_AMDIM = (Flip(), Translate(), ColorJitter(hue=0.2), Greyscale(0.25))
 
 VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4.1; values: SimSiam's (arXiv:2011.10566)
     "simsiam_cifar": Views(_CIFAR, _CIFAR),
@@ -305,6 +330,9 @@ VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4
     "byol": Views(_BYOL, (*_BYOL, Solarize())),
     "dino": Views(_DINO, (*_DINO, Solarize())),
     "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
+    "amdim": Views(_AMDIM, _AMDIM, shared=("flip",)),  # arXiv:1906.00910, its code for CIFAR: one flip for both views
+    "yadim": Views(_AMDIM, _AMDIM),  # AMDIM's and, but for its patches, CPC's: every view its own flip
+    "cpc_patches": Views(_AMDIM, ()),  # one view, which the encoder cuts into patches
     "none": Views((), ()),
 }
 

@@ -16,7 +16,7 @@ class SidaeError(Exception):
     """Base class of every error this project raises on purpose: one sentence that says what to do."""
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int | float) -> int:
     """Seed of the generator that draws an epoch's order and augmentation: a hash, since torch's CPU generator keeps only
     the low 32 bits, so that `seed << 32` would be no seed at all."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big")
@@ -25,6 +25,8 @@ def epoch_seed(seed: int, epoch: int) -> int:
 # Raised when the mathematics of a method or of a pipeline changes; a name that is not listed stands at 1.
 METHOD_RECIPES: dict[str, int] = {}
 AUGMENT_RECIPES: dict[str, int] = {}
+# What a method compares when `extract` is left empty; naming it anyway is the same run.
+EXTRACTS = {"amdim": "01,02,11", "yadim": "00", "cpc_v2": "2,3,4,5,6"}
 
 
 class _Config:
@@ -121,9 +123,11 @@ class RunConfig(_Config):
     label_seed: int = 0  # one subset for all runs and methods (Sec. 4.1)
     augment: str = "simsiam_cifar"  # a name in augment.VIEWS; open there: blur kernel 9, sigma U(0.1, 2)
     # network
-    backbone: Literal["resnet18", "small_cnn"] = "resnet18"
+    backbone: Literal["resnet18", "resnet34", "small_cnn", "amdim", "patches18", "patches34"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool, the accuracy points to it
     width: int = 64  # channels of the first stage
+    depth: int = 3  # units a block of AMDIM's encoder (10 in its CIFAR-10 run)
+    norm: Literal["group", "layer"] = "group"  # of a patch encoder: BatchNorm would tell one patch of the others
     dim: int = 2048  # D, the projector's output ("set to [4]")
     hidden: int = 2048  # open: the projector's hidden width
     proj_affine: bool = False  # open: scale and shift in the projector's last BatchNorm
@@ -147,13 +151,20 @@ class RunConfig(_Config):
     top: int = 10  # FNC: at most so many false negatives (views) an image
     threshold: float = 0.7  # FNC: their least cosine
     cancel: Literal["attract", "eliminate"] = "attract"  # FNC: they become positives, or leave the sum
+    # feature maps compared across views, and methods made of five parts (methods/maps.py)
+    extract: str = ""  # comparisons "01,02,11" of maps, "vector", CPC's rows below "2,3,4"; "" = the method's own
+    compare: Literal["", "dot", "cosine"] = ""
+    loss: Literal["", "nce", "info_nce"] = ""
+    clip: float = 20.0  # bound c of the scores, c tanh(s / c)
     # optimisation
-    optimizer: Literal["sgd"] = "sgd"
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.03  # open: literal, not scaled by batch / 256
-    momentum: float = 0.9
+    momentum: float = 0.9  # Adam: beta 1
+    beta2: float = 0.999  # Adam alone
     weight_decay: float = 5e-4
     decay_bias: bool = True  # open: weight decay on biases and BatchNorm too (plain SGD)
-    schedule: Literal["cosine", "constant"] = "cosine"  # decay to 0, per step
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"  # decay to 0, per step; steps: AMDIM's two drops
+    warmup: float = 0.0  # share of the steps in which the rate rises linearly
     predictor_lr: Literal["schedule", "constant"] = "schedule"  # open: the predictor follows the schedule
     batch: int = 512
     epochs: int = 200
@@ -167,12 +178,19 @@ class RunConfig(_Config):
         for name, current in (("method_recipe", METHOD_RECIPES.get(self.method, 1)),
                               ("augment_recipe", AUGMENT_RECIPES.get(self.augment, 1))):  # fmt: skip
             object.__setattr__(self, name, getattr(self, name) or current)
+        if self.extract == EXTRACTS.get(self.method):
+            object.__setattr__(self, "extract", "")
         self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder", "tau", "queue", "splits",
-                               "prototypes", "top"),
+                               "prototypes", "top", "depth", "clip"),
                      not_negative=("epochs", "pool", "support", "method_recipe", "augment_recipe"))  # fmt: skip
         self._require(0 <= self.w <= 1, f"w must lie in [0, 1] (0 = autoencoder, 1 = SimSiam), got {self.w}.")
         self._require(0 <= self.ema <= 1, f"ema must lie in [0, 1], got {self.ema}.")
         self._require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}.")
+        self._require(0 <= self.warmup < 1, f"warmup is a share of the steps in [0, 1), got {self.warmup}.")
+        self._require(0 <= self.beta2 < 1, f"beta2 must lie in [0, 1), got {self.beta2}.")
+        for name, default, ok in (("beta2", 0.999, self.optimizer == "adam"), ("depth", 3, self.backbone == "amdim"),
+                                  ("norm", "group", self.backbone.startswith("patches"))):  # fmt: skip
+            self._require(ok or getattr(self, name) == default, f"{name} is not read here; leave it at {default!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if not (k.endswith("_recipe") and v == 1)}
@@ -212,6 +230,7 @@ class EvalConfig(_Config):
     augment: str = "none"  # open: resize and normalise only, so that features can be cached
     bn: Literal["eval", "train"] = "eval"  # open: BatchNorm of a frozen backbone keeps its running statistics
     stats: Literal["run", "data"] = "run"  # open: whose pixel statistics normalise, the pre-training set's or data's
+    flat: bool = False  # the whole last map instead of its mean: CPC's own probe
     k: int = 200  # knn: neighbours
     tau: float = 0.1  # knn: weight exp(cosine / tau)
     C: float = 1.0  # logistic: inverse strength of the L2 penalty

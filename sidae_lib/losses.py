@@ -92,3 +92,25 @@ def dino(s: Tensor, t: Tensor, centre: Tensor, tau: float, tau_t: float) -> Tens
     """
     p = F.softmax((t.detach() - centre) / tau_t, dim=1)
     return -(p * F.log_softmax(s / tau, dim=1)).sum(1).mean()
+
+
+def nce(sim: Tensor, positives: Tensor, drop: Tensor | None = None) -> Tensor:
+    """Like `info_nce`, but each positive stands against the negatives alone, not against its fellows: AMDIM's loss
+    (arXiv:1906.00910, eq. 4) where every place of the other view is a positive.
+
+    Shapes as there; a row needs a negative. Returns a scalar >= 0; all scores equal -> log(1 + negatives of a row).
+    """
+    apart = positives if drop is None else positives | drop
+    negatives = sim.masked_fill(apart, float("-inf")).logsumexp(1, keepdim=True)
+    each = F.softplus(negatives - sim)  # -log(e^s / (e^s + sum over negatives))
+    return (torch.where(positives, each, 0.0).sum(1) / positives.sum(1)).mean()
+
+
+def dot(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """(N, M) scores scale <a_i, b_j> of a (N, D) and b (M, D)."""
+    return scale * (a @ b.mT)
+
+
+def soft_clip(s: Tensor, c: float) -> Tensor:
+    """c tanh(s / c): scores within (-c, c), the identity near 0 (arXiv:1906.00910, Sec. 3.4)."""
+    return c * torch.tanh(s / c)

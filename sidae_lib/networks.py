@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,34 +17,42 @@ from .config import RunConfig, SidaeError
 
 class ResNet(nn.Module):
     """ResNet-18 (arXiv:1512.03385), parameter names as torchvision's, so that width 64 with the ImageNet
-    stem loads into `torchvision.models.resnet18(strict=False)`; narrower ones scale every stage.
+    stem loads into `torchvision.models.resnet18(strict=False)`; narrower ones scale every stage. ResNet-34: other blocks.
 
     (B, C, S, S) -> (B, 8 width), the mean over the last map. At S = 32 that map is 1x1 with the ImageNet stem and 4x4
     with the CIFAR stem (3x3 stride 1, no pooling).
     """
 
-    def __init__(self, *, stem: str = "imagenet", width: int = 64, channels: int = 3) -> None:
+    def __init__(self, *, stem: str = "imagenet", width: int = 64, channels: int = 3, blocks: tuple[int, ...] = (2, 2, 2, 2),
+                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:  # fmt: skip
         super().__init__()
         cifar = stem == "cifar"
         self.conv1 = nn.Conv2d(channels, width, 3 if cifar else 7, 1 if cifar else 2, 1 if cifar else 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(BasicBlock(width, width), BasicBlock(width, width))
-        self.layer2, self.layer3, self.layer4 = (self._stage(k * width, 2 * k * width) for k in (1, 2, 4))
-        self.out_features = 8 * width
+        self.layer1 = nn.Sequential(*(BasicBlock(width, width, norm_layer=norm) for _ in range(blocks[0])))
+        self.layer2, self.layer3, self.layer4 = (
+            self._stage(k * width, 2 * k * width, n, norm) for k, n in zip((1, 2, 4), blocks[1:]))
+        self.out_features, self.widths = 8 * width, (8 * width, 4 * width, 2 * width)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _stage(c_in: int, c_out: int) -> nn.Sequential:
-        down = nn.Sequential(conv1x1(c_in, c_out, 2), nn.BatchNorm2d(c_out))
-        return nn.Sequential(BasicBlock(c_in, c_out, 2, down), BasicBlock(c_out, c_out))
+    def _stage(c_in: int, c_out: int, n: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+        down = nn.Sequential(conv1x1(c_in, c_out, 2), norm(c_out))
+        more = (BasicBlock(c_out, c_out, norm_layer=norm) for _ in range(n - 1))
+        return nn.Sequential(BasicBlock(c_in, c_out, 2, down, norm_layer=norm), *more)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The maps behind the last three stages, (B, widths[k], s, s), the last first."""
+        early = self.layer2(self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x))))))
+        middle = self.layer3(early)
+        return [self.layer4(middle), middle, early]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+        return self.maps(x)[0].mean((2, 3))
 
 
 class SmallCNN(nn.Sequential):
@@ -58,6 +67,109 @@ class SmallCNN(nn.Sequential):
         for _ in range(4):
             size = size // 2 + 1
         self.out_features = 8 * (size - 1) ** 2
+
+
+class AMDIMUnit(nn.Module):
+    """AMDIM's residual unit (arXiv:1906.00910): a k x k convolution without padding, ReLU, a 1x1 convolution that starts
+    at 0, beside average pooling with channels of zeros appended; no ReLU after the sum."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, kernel, stride, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 1, bias=False)
+        nn.init.zeros_(self.conv2.weight)
+        self.more = c_out - c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = F.avg_pool2d(x, self.conv1.kernel_size, self.conv1.stride)
+        return self.conv2(self.conv1(x).relu()) + F.pad(beside, (0, 0, 0, 0, 0, self.more))
+
+
+class AMDIMEncoder(nn.Module):
+    """AMDIM's encoder for 32 pixels (arXiv:1906.00910 and its code): no padding and, but for the end, no BatchNorm, so
+    that a place of a map sees its own pixels alone. (B, C, 32, 32) -> (B, 8 width); maps of 1x1, 5x5 and 7x7.
+
+    depth: units a block, all but the first 1x1, which leaves the receptive field as it is. The code's own sizes are
+    width 128 with 8 width = 1,024 outputs and depth 3; its CIFAR-10 run had 320, 1,280 and 10.
+    """
+
+    def __init__(self, *, width: int = 128, channels: int = 3, depth: int = 3) -> None:
+        super().__init__()
+        w = width
+
+        def block(c_in: int, c_out: int, kernel: int, stride: int) -> list[nn.Module]:
+            return [AMDIMUnit(c_in, c_out, kernel, stride), *(AMDIMUnit(c_out, c_out) for _ in range(depth - 1))]
+
+        self.to7 = nn.Sequential(nn.Conv2d(channels, w, 3), nn.ReLU(inplace=True), AMDIMUnit(w, w),  # 30
+                                 *block(w, 2 * w, 4, 2), *block(2 * w, 4 * w, 2, 2))  # 14, 7  # fmt: skip
+        self.to5 = nn.Sequential(*block(4 * w, 4 * w, 3, 1))
+        self.to1 = nn.Sequential(*block(4 * w, 4 * w, 3, 1), AMDIMUnit(4 * w, 8 * w, 3), nn.BatchNorm2d(8 * w))  # 3, 1
+        self.out_features, self.widths = 8 * w, (8 * w, 4 * w, 4 * w)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The maps of 1x1, 5x5 and 7x7, (B, widths[k], s, s)."""
+        seven = self.to7(x)
+        five = self.to5(seven)
+        return [self.to1(five), five, seven]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x)[0].flatten(1)
+
+
+class Embedding(nn.Module):
+    """AMDIM's embedding of a map's places, so that maps of different widths can be compared: 1x1 convolutions whose
+    second starts at 0, beside one that starts near the identity, then BatchNorm. (B, c_in, s, s) -> (B, c_out, s, s)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c_out, 1, bias=False), nn.Conv2d(c_out, c_out, 1, bias=False)
+        self.beside, self.bn = nn.Conv2d(c_in, c_out, 1), nn.BatchNorm2d(c_out)
+        nn.init.zeros_(self.conv2.weight)
+        with torch.no_grad():
+            near = torch.eye(c_out, c_in)[..., None, None]
+            self.beside.weight.uniform_(-0.01, 0.01).mul_(1 - near).add_(near)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv2(self.conv1(x).relu()) + self.beside(x))
+
+
+class Patches(nn.Module):
+    """CPC v2's way to see (arXiv:1905.09272): overlapping patches of 8 x 8 pixels, 4 apart, each through `net` alone.
+
+    (B, C, S, S) -> (B, net.out_features), the mean over the grid of G x G vectors, G = S / 4 - 1; its one map is the grid.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.out_features, self.widths = net, net.out_features, (net.out_features,)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The grid alone: (B, net.out_features, G, G)."""
+        p = x.unfold(2, 8, 4).unfold(3, 8, 4).permute(0, 2, 3, 1, 4, 5)  # (B, G, G, C, 8, 8)
+        v = self.net(p.flatten(0, 2).contiguous(memory_format=torch.channels_last))
+        return [v.view(*p.shape[:3], -1).permute(0, 3, 1, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maps(x)[0].mean((2, 3))
+
+
+class Context(nn.Module):
+    """CPC v2's masked context network: residual blocks in which a row sees itself and the rows above, never below.
+
+    (B, c, G, G) -> (B, c, G, G). The row above the first one is all ones.
+    """
+
+    def __init__(self, c: int, hidden: int, blocks: int = 5) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(c, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)),
+            nn.ConstantPad2d((0, 0, 1, 0), 1.0), nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, c, 1)) for _ in range(blocks))  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.relu()
 
 
 class Decoder(nn.Module):
@@ -134,9 +246,19 @@ def split_batchnorm(net: nn.Module, splits: int) -> None:
 
 def backbone(config: RunConfig) -> nn.Module:
     """The backbone a config names, with `out_features`."""
-    if config.backbone == "small_cnn":
-        return SmallCNN(size=config.size, channels=config.channels)
-    return ResNet(stem=config.stem, width=config.width, channels=config.channels)
+    c = config
+    if c.backbone == "small_cnn":
+        return SmallCNN(size=c.size, channels=c.channels)
+    if c.backbone == "amdim":
+        if c.size != 32:
+            raise SidaeError(f"AMDIM's encoder pads nothing and fits images of 32 pixels alone, not {c.size}; set size to 32.")
+        return AMDIMEncoder(width=c.width, channels=c.channels, depth=c.depth)
+    blocks = (3, 4, 6, 3) if c.backbone.endswith("34") else (2, 2, 2, 2)
+    if c.backbone.startswith("patches"):  # 16 channels a group, or all
+        group = 16 if c.norm == "group" else 2**30
+        return Patches(ResNet(stem="cifar", width=c.width, channels=c.channels, blocks=blocks,
+                              norm=lambda n: nn.GroupNorm(max(1, n // group), n)))  # fmt: skip
+    return ResNet(stem=c.stem, width=c.width, channels=c.channels, blocks=blocks)
 
 
 def load(path: str | Path) -> nn.Module:

@@ -44,8 +44,12 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def lr_at(step: int, steps: int, lr: float, schedule: str = "cosine") -> float:
-    """Learning rate of step 0 to steps - 1: cosine decay from lr towards 0 per step (SidAE Sec. 4.1), or constant."""
+def lr_at(step: int, steps: int, lr: float, schedule: str = "cosine", warmup: float = 0.0) -> float:
+    """Learning rate of step 0 to steps - 1: cosine decay from lr towards 0 per step (SidAE Sec. 4.1), or constant, or a
+    fifth from 5/6 on and a fifth of that from 14/15 on (AMDIM's epochs 250 and 280 of 300), each times the warm-up."""
+    lr *= min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
+    if schedule == "steps":
+        return lr * 0.2 ** ((6 * step >= 5 * steps) + (15 * step >= 14 * steps))
     return lr if schedule == "constant" else 0.5 * lr * (1 + math.cos(math.pi * step / steps))
 
 
@@ -169,8 +173,10 @@ class Run:
             torch.manual_seed(config.seed)
             self.method = methods.build(config, len(images.classes))
         self.method.to(device, memory_format=torch.channels_last).train()
-        self.optimizer = torch.optim.SGD(self.method.param_groups(config.lr), lr=config.lr, momentum=config.momentum,
-                                         fused=True)  # fmt: skip
+        groups, c = self.method.param_groups(config.lr), config
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, fused=True) if c.optimizer == "sgd" else
+            torch.optim.Adam(groups, lr=c.lr, betas=(c.momentum, c.beta2), fused=True))  # fmt: skip
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (images.mean, images.std))
         self.w = torch.tensor(config.w, device=device)
         split = images.split(config.split)
@@ -230,7 +236,7 @@ class Run:
         out, moments = self.compiled(*self.samples(drawn, a, b))
         self.optimizer.zero_grad()
         out["loss"].backward()
-        lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule)
+        lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr if group["fixed"] else lr
         self.optimizer.step()

@@ -1,6 +1,7 @@
 """Methods against references typed here from torch and torchvision alone, one and five optimiser steps deep."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchvision
 from pytest import approx
 from torch import nn
 
-from sidae_lib import augment, config, methods
+from sidae_lib import augment, config, losses, methods
 from sidae_lib.config import RunConfig, SidaeError
 
 SMALL = {"dim": 32, "hidden": 48, "pred_hidden": 8, "decoder": 512}
@@ -271,14 +272,20 @@ def test_unknown_names():
 
 OTHER = {"ema": 0.5, "symmetric": True, "leave_out": "none", "cancel": "eliminate",
          "w": 0.25, "predictor_lr": "constant", "proj_affine": True, "target": "unit", "recon": "sum",
-         "recon_target": "view", "output": "tanh", "labels": 0.5}  # fmt: skip
+         "recon_target": "view", "output": "tanh", "labels": 0.5, "extract": "11", "compare": "cosine",
+         "loss": "info_nce"}  # fmt: skip
+NEEDS = {  # what a method cannot do without, or cannot do with the default
+    "untrained": {"epochs": 0}, "amdim": {"augment": "amdim", "backbone": "amdim"}, "yadim": {"augment": "yadim"},
+    "cpc_v2": {"augment": "cpc_patches", "backbone": "patches18"},
+    "composed": {"extract": "00", "compare": "dot", "loss": "nce"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_field_that_a_method_does_not_read_is_refused(name):
-    epochs = {"epochs": 0} if name == "untrained" else {}
     for field in methods.SHARED:
-        c = RunConfig(method=name, data="0", **epochs, **{field: OTHER.get(field, 7)})
+        value = "1,2" if (name, field) == ("cpc_v2", "extract") else OTHER.get(field, 7)
+        c = RunConfig(**{"method": name, "data": "0", **NEEDS.get(name, {}), field: value})
         if field in methods.METHODS[name].reads:
             assert methods.check(c) is methods.METHODS[name]
         else:
@@ -311,7 +318,36 @@ def test_an_older_recipe_is_not_repeated(recipes, name, monkeypatch):
 
 def test_five_axes():
     axes = methods.five_axes()
-    assert axes.keys() == methods.METHODS.keys()
+    assert axes.keys() == methods.METHODS.keys() - {"composed"}
     for name, a in axes.items():
         assert [f.name for f in dataclasses.fields(a)] == ["augment", "encode", "extract", "compare", "loss"]
-        assert a.augment in augment.VIEWS and all(dataclasses.astuple(a)), name
+        assert all(dataclasses.astuple(a)), name
+
+
+def functions(text):
+    """The functions that a text names: of `losses`, or of torch."""
+    return {w for w in re.findall(r"\w+", text) if any(callable(getattr(m, w, None)) for m in (losses, F))}
+
+
+@pytest.mark.parametrize("name", methods.five_axes())
+def test_a_class_does_what_its_axes_say(name, monkeypatch):
+    """The pipeline is there; similarity and loss are functions that loss() calls; and it calls no loss that they hide."""
+    axes, called = methods.five_axes()[name], set()
+    assert axes.augment in augment.VIEWS
+    if methods.METHODS[name].loss is methods.Method.loss:
+        assert axes.compare == axes.loss == "none"
+        return
+
+    def spy(module, function):
+        call = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *args, **more: called.add(function) or call(*args, **more))
+
+    ours = {k for k, v in vars(losses).items() if callable(v) and getattr(v, "__module__", "") == losses.__name__}
+    named = functions(axes.compare) | functions(axes.loss)
+    for function in ours | named:
+        spy(losses if function in ours else F, function)
+    m = build(name, width=4, **{"batch": 8, **NEEDS.get(name, {})})
+    views, batch = inputs()
+    m.loss(views, batch | {"i": torch.arange(8), "j": torch.arange(8)})
+    assert functions(axes.loss) and (functions(axes.compare) or axes.compare == "none")
+    assert named <= called and called & ours <= named

@@ -1,11 +1,13 @@
 """Methods by name. To add one: write a `Method` in one file and name it here."""
 
 import dataclasses
+from typing import Any
 
 from .. import augment
 from ..config import RunConfig, SidaeError
 from .base import Axes, Method
 from .contrastive import FNC, NNCLR, MoCo, SimCLR
+from .maps import AMDIM, CPC, YADIM, Composed
 from .siamese import BYOL, DINO, BarlowTwins, VICReg
 from .sidae import DenoisingAutoencoder, SidAE, SimSiam
 from .supervised import Supervised, Untrained
@@ -24,6 +26,10 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "dino": DINO,
     "barlow_twins": BarlowTwins,
+    "cpc_v2": CPC,
+    "amdim": AMDIM,
+    "yadim": YADIM,
+    "composed": Composed,
 }
 SHARED = {f for m in METHODS.values() for f in m.reads}  # fields that some methods read and others do not
 
@@ -39,6 +45,7 @@ def check(config: RunConfig) -> type[Method]:
             raise SidaeError(f"{config.method} does not read {f.name}; leave it at its default, {f.default!r}.")
     if config.epochs and cls.loss is Method.loss:
         raise SidaeError(f"{config.method} has nothing to train; set epochs to 0.")
+    cls.validate(config)
     current = config.replace()
     if (config.method_recipe, config.augment_recipe) != (current.method_recipe, current.augment_recipe):
         raise SidaeError(f"This run belongs to an older recipe of {config.method} or {config.augment}; its record can "
@@ -51,9 +58,20 @@ def build(config: RunConfig, classes: int = 0) -> Method:
     return check(config)(config, classes)
 
 
+def compose(*, augment: str, encode: str, extract: str, compare: str, loss: str, **fields: Any) -> dict[str, Any]:
+    """The RunConfig fields of a method made of five parts, whose key names them all. encode: a backbone; extract:
+    "vector" or comparisons of maps such as "01,11"; compare: dot or cosine; loss: nce or info_nce; `fields` are others of
+    RunConfig. `experiments.run(dataset=..., scale=..., **compose(...))` trains it. Raises SidaeError where parts do not fit.
+    """
+    fields |= {"method": "composed", "augment": augment, "backbone": encode, "extract": extract, "compare": compare,
+               "loss": loss}  # fmt: skip
+    check(RunConfig.create(data="", **fields))
+    return fields
+
+
 def five_axes() -> dict[str, Axes]:
-    """Method name -> its five choices (arXiv:2009.00104), read from the classes."""
-    return {name: cls.axes for name, cls in METHODS.items()}
+    """Method name -> its five choices (arXiv:2009.00104), read from the classes; a composed method's are its config's."""
+    return {name: cls.axes for name, cls in METHODS.items() if cls is not Composed}
 
 
-__all__ = ["METHODS", "Axes", "Method", "build", "check", "five_axes"]
+__all__ = ["METHODS", "Axes", "Method", "build", "check", "compose", "five_axes"]

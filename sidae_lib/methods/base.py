@@ -14,7 +14,11 @@ from ..config import RunConfig
 
 @dataclass(frozen=True)
 class Axes:
-    """The five axes of Falcon & Cho: what is done, in this order, to turn an image into a loss."""
+    """The five axes of Falcon & Cho: what is done, in this order, to turn an image into a loss.
+
+    augment: a name in augment.VIEWS.  compare, loss: functions of `losses` or torch.nn.functional that the method's loss()
+    calls, all it calls of `losses`, in words that are no other functions' names; or "none".
+    """
 
     augment: str
     encode: str
@@ -38,6 +42,10 @@ class Method(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = networks.backbone(config)
+
+    @classmethod
+    def validate(cls, config: RunConfig) -> None:
+        """Raises SidaeError, before anything is computed, where the config's fields do not fit together."""
 
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars with the key `loss`; and, not recorded as such, `z` (B, D), the projection whose spread is watched.

@@ -19,8 +19,8 @@ class SidAE(Method):
     """
 
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector; predictor and decoder on top",
-                extract="last vector per view", compare="cosine; squared error",
-                loss="neg_cosine with stop-gradient + recon_mse, no negatives")  # fmt: skip
+                extract="last vector per view", compare="cosine_similarity; mse_loss",
+                loss="sidae of neg_cosine with stop-gradient and recon_mse, no negatives")  # fmt: skip
     reads = ("w", *_NETWORK, *_SIAMESE, *_DECODER)
     fixed_w: float | None = None
 
@@ -71,7 +71,7 @@ class SimSiam(SidAE):
     """SimSiam (arXiv:2011.10566): SidAE at w = 1. Deviation: a literal lr, cosine on the predictor too."""
 
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, predictor on one side",
-                extract="last vector per view", compare="cosine",
+                extract="last vector per view", compare="cosine_similarity",
                 loss="neg_cosine with stop-gradient, no negatives")  # fmt: skip
     reads = (*_NETWORK, *_SIAMESE)
     fixed_w = 1.0
@@ -81,6 +81,6 @@ class DenoisingAutoencoder(SidAE):
     """The paper's autoencoder: SidAE at w = 0, two noisy views, each reconstructed to the clean image (Sec. 4.1)."""
 
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, decoder on top",
-                extract="last vector per view", compare="squared error", loss="recon_mse, no negatives")  # fmt: skip
+                extract="last vector per view", compare="mse_loss", loss="recon_mse, no negatives")  # fmt: skip
     reads = (*_NETWORK, *_DECODER)
     fixed_w = 0.0

@@ -1,0 +1,504 @@
+"""AMDIM, CPC v2, YADIM and composed methods: closed forms, slow references, who gets a gradient, and the state."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest import approx
+from safetensors.torch import load_file
+
+from sidae_lib import augment, data, losses, methods, networks, train
+from sidae_lib.config import RunConfig, SidaeError, epoch_seed
+from sidae_lib.methods import maps
+
+ADAM = {"optimizer": "adam", "lr": 1e-3, "momentum": 0.8, "weight_decay": 1e-5}
+OWN = {  # narrow, each on the encoder of its paper
+    "amdim": {"augment": "amdim", "backbone": "amdim", "width": 4},
+    "yadim": {"augment": "yadim", "stem": "cifar", "width": 4},
+    "cpc_v2": {"augment": "cpc_patches", "backbone": "patches18", "width": 4, "hidden": 16, "dim": 8},
+}
+CROSSED = {"augment": "amdim", "encode": "amdim", "extract": "01,02,11", "compare": "dot", "loss": "nce", "width": 4}
+
+
+def run(method, **changes):
+    return RunConfig.create(**{"method": method, "data": "0", "batch": 8, **OWN.get(method, {}), **changes})
+
+
+def build(method, seed=0, **changes):
+    torch.manual_seed(seed)
+    return methods.build(run(method, **changes))
+
+
+def composed(seed=0, **changes):
+    fields = methods.compose(**{**CROSSED, **changes})
+    return build(fields.pop("method"), seed, **fields)
+
+
+def views(n=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(n, 3, 32, 32, generator=g) for _ in range(2)), {"i": torch.arange(n), "j": torch.arange(n)}
+
+
+def noise(*shape, seed=0, grad=False):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+# --- losses.nce and the similarities --------------------------------------------------------------------------------
+
+
+def own(B, L):
+    """One anchor an image, L places of each of B images: place l of image b in column l B + b."""
+    return torch.arange(B)[:, None] == torch.arange(B * L) % B
+
+
+@pytest.mark.parametrize(("B", "L"), [(2, 1), (8, 25), (200, 25), (200, 49)])
+def test_nce_of_equal_scores(B, L):
+    assert losses.nce(torch.zeros(B, B * L), own(B, L)).item() == approx(math.log(1 + (B - 1) * L), rel=1e-6)
+    assert losses.nce(torch.full((B, B * L), 7.0), own(B, L)).item() == approx(math.log(1 + (B - 1) * L), rel=1e-6)
+
+
+def test_nce_is_a_loop():
+    B, L, s = 5, 3, 3 * noise(5, 15)
+    slow = 0.0
+    for b in range(B):
+        away = sum(math.exp(s[b, m].item()) for m in range(B * L) if m % B != b)
+        for place in range(L):
+            e = math.exp(s[b, place * B + b].item())
+            slow -= math.log(e / (e + away)) / (B * L)
+    assert losses.nce(s, own(B, L)).item() == approx(slow, rel=1e-5)
+
+
+def test_nce_is_info_nce_where_a_row_has_one_positive():
+    s, same = noise(12, 12), torch.eye(12, dtype=torch.bool)
+    assert losses.nce(s, same).item() == approx(losses.info_nce(s, same).item(), rel=1e-6)
+    assert losses.nce(s, same.roll(6, 0), same).item() == approx(losses.info_nce(s, same.roll(6, 0), same).item(), rel=1e-6)
+    many = own(6, 2).repeat(2, 1)
+    assert losses.nce(s, many).item() < losses.info_nce(s, many).item()  # fellows are no rivals
+
+
+def test_nce_gradient():
+    s, positives = noise(6, 18, grad=True), own(6, 3)
+    drop = torch.zeros_like(positives)
+    drop[:, 1] = ~positives[:, 1]
+    losses.nce(s, positives, drop).backward()
+    assert (s.grad[positives] < 0).all() and (s.grad[drop] == 0).all() and (s.grad[~positives & ~drop] > 0).all()
+    assert torch.allclose(s.grad.sum(1), torch.zeros(6), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 20.0, 1e6])
+def test_nce_is_finite(scale):
+    s = (scale * noise(64, 64 * 4)).requires_grad_()
+    loss = losses.nce(s, own(64, 4))
+    loss.backward()
+    assert loss.isfinite() and loss >= 0 and s.grad.isfinite().all()
+
+
+def test_similarities():
+    a, b = noise(3, 16), noise(5, 16, seed=1)
+    s = losses.dot(a, b, 0.25)
+    assert s.shape == (3, 5) and s[1, 2].item() == approx(sum((a[1] * b[2]).tolist()) / 4, rel=1e-5)
+    assert losses.cosine(a, b)[1, 2].item() == approx(F.cosine_similarity(a[1], b[2], 0).item(), rel=1e-5)
+    x = torch.tensor([0.0, 1e-3, 5.0, -1e9, 1e9])
+    assert losses.soft_clip(x, 20.0).tolist() == approx([0, 1e-3, 20 * math.tanh(0.25), -20, 20])
+
+
+# --- encoders -------------------------------------------------------------------------------------------------------
+
+
+def test_amdims_encoder_has_the_papers_maps_and_pads_nothing():
+    net = networks.backbone(run("amdim", width=8)).eval()
+    x = noise(2, 3, 32, 32).requires_grad_()
+    found = net.maps(x)
+    assert [tuple(m.shape[1:]) for m in found] == [(64, 1, 1), (32, 5, 5), (32, 7, 7)] and net.widths == (64, 32, 32)
+    assert torch.equal(net(x), found[0].flatten(1)) and net.out_features == 64
+    for m, pixels in ((found[2][0, :, 0, 0], 8), (found[1][0, :, 0, 0], 16)):  # a place sees its own pixels alone
+        seen, = torch.autograd.grad(m.sum(), x, retain_graph=True)
+        rows = seen[0].abs().sum((0, 1)).nonzero()
+        assert rows.max() == pixels - 1 and not seen[1].any()
+    assert {m.padding for m in net.modules() if isinstance(m, torch.nn.Conv2d)} == {(0, 0)}
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules()) == 1
+
+
+def test_amdims_depth_leaves_the_receptive_field():
+    shallow, deep = (networks.AMDIMEncoder(width=4, depth=d) for d in (1, 5))
+    assert [m.shape for m in shallow.maps(noise(2, 3, 32, 32))] == [m.shape for m in deep.maps(noise(2, 3, 32, 32))]
+    units = [sum(isinstance(m, networks.AMDIMUnit) for m in net.modules()) for net in (shallow, deep)]
+    assert units == [6, 6 + 4 * 4]
+
+
+def test_amdims_unit_starts_as_average_pooling():
+    unit, x = networks.AMDIMUnit(3, 5, 4, 2), noise(2, 3, 30, 30)
+    y = unit(x)
+    assert y.shape == (2, 5, 14, 14) and torch.equal(y[:, :3], F.avg_pool2d(x, 4, 2)) and not y[:, 3:].any()
+
+
+def test_the_embedding_starts_near_the_identity():
+    e, x = networks.Embedding(4, 6), noise(8, 4, 5, 5)
+    assert torch.equal(e.conv2.weight, torch.zeros(6, 6, 1, 1))
+    w = e.beside.weight[..., 0, 0]
+    assert torch.equal(w.diagonal(), torch.ones(4)) and 0 < (w - torch.eye(6, 4)).abs().max() <= 0.01
+    assert e(x).shape == (8, 6, 5, 5) and e(x).mean((0, 2, 3)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@pytest.mark.parametrize("name", ["patches18", "patches34"])
+def test_patches_are_cut_and_seen_apart(name, norm):
+    net, x = networks.backbone(run("cpc_v2", backbone=name, norm=norm)), noise(2, 3, 32, 32)
+    grid, = net.maps(x)  # in training mode: no statistics are shared
+    assert grid.shape == (2, 32, 7, 7) and torch.allclose(net(x), grid.mean((2, 3)))
+    for r, c in ((0, 0), (2, 5), (6, 6)):
+        patch = x[1:, :, 4 * r : 4 * r + 8, 4 * c : 4 * c + 8]
+        assert torch.allclose(grid[1, :, r, c], net.net(patch)[0], atol=1e-5)
+    assert not any("batchnorm" in type(m).__name__.lower() for m in net.modules())
+
+
+def test_context_sees_no_row_below():
+    net, x = networks.Context(6, 32), noise(1, 6, 7, 7).requires_grad_()
+    for row in range(7):  # five blocks, each looks one row up
+        seen, = torch.autograd.grad(net(x)[0, :, row].sum(), x)
+        assert seen[0].abs().sum((0, 2)).nonzero()[:, 0].tolist() == list(range(max(0, row - 5), row + 1))
+
+
+def test_resnet34_is_torchvisions():
+    import torchvision
+
+    with torch.device("meta"):
+        ours = networks.backbone(run("yadim", backbone="resnet34", width=64, stem="imagenet"))
+        theirs = torchvision.models.resnet34().state_dict()
+    theirs = {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == theirs
+
+
+@pytest.mark.parametrize("config", [run("amdim"), run("amdim", backbone="resnet34", stem="cifar"), run("cpc_v2")],
+                         ids=lambda c: c.backbone)  # fmt: skip
+def test_an_encoder_comes_back_from_its_file(config, tmp_path):
+    net = networks.backbone(config).eval()
+    train.save_tensors(tmp_path / "b.safetensors", net.state_dict(), {"config": config.to_dict(), "mean": [0], "std": [1]})
+    assert torch.equal(networks.load(tmp_path / "b.safetensors")(noise(2, 3, 32, 32)), net(noise(2, 3, 32, 32)))
+
+
+# --- AMDIM and YADIM ------------------------------------------------------------------------------------------------
+
+
+def slow_maps_loss(m, v, pairs, clip=20.0):
+    """Place by place, from the maps as they are compared: the mean over both directions, summed over the comparisons."""
+    x, y = ([head(f) for head, f in zip(heads, m.backbone.maps(a))] for a in v
+            for heads in [[m.heads[k] if k in m.heads else torch.nn.Identity() for k in "012"]])
+    B, value, squares = len(v[0]), 0.0, 0.0
+    for n, (a, b) in enumerate(pairs):
+        for direction, (left, right) in enumerate(((x, y), (y, x))):
+            L = right[b][0, 0].numel()
+            cells = left[a].flatten(2)
+            for i in range(B):
+                anchor = cells[i, :, int(m.place[n, direction, i] * cells.shape[2])]
+                s = right[b].flatten(2).transpose(1, 2) @ anchor / len(anchor) ** 0.5  # (B, L)
+                squares += s.square().sum() / 2 / (B * B * L)
+                s = clip * (s / clip).tanh()
+                away = torch.cat([s[k] for k in range(B) if k != i]).exp().sum()
+                value -= (s[i].exp() / (s[i].exp() + away)).log().mean() / 2 / B
+    return value, squares
+
+
+@pytest.mark.parametrize(("method", "extract", "pairs"), [
+    ("amdim", "", [(0, 1), (0, 2), (1, 1)]), ("amdim", "00", [(0, 0)]), ("yadim", "", [(0, 0)]),
+    ("yadim", "00,11,22", [(0, 0), (1, 1), (2, 2)]), ("yadim", "01,02,11", [(0, 1), (0, 2), (1, 1)]), ("yadim", "11", [(1, 1)]),
+])  # fmt: skip
+def test_the_loss_is_a_loop_over_places(method, extract, pairs):
+    m, (v, batch) = build(method, extract=extract), views()
+    out = m.loss(v, batch)
+    value, squares = slow_maps_loss(m, v, pairs)
+    assert out["l_nce"].item() == approx(value.item(), rel=1e-4) and out["square"].item() == approx(squares.item(), rel=1e-4)
+    assert out["loss"].item() == approx((value + 0.05 * squares).item(), rel=1e-4)
+    assert not out["z"].requires_grad and len(out["z"]) == 8
+
+
+def test_the_start_is_the_logarithm_of_the_candidates():
+    """Anchors of 0 score 0: log(1 + (B - 1) L), summed over AMDIM's three comparisons."""
+    m, (v, batch) = build("amdim"), views()
+    for head in m.heads.values():
+        if hasattr(head, "bn"):
+            torch.nn.init.zeros_(head.bn.weight)
+    torch.nn.init.zeros_(m.backbone.to1[-1].weight)
+    out = m.loss(v, batch)
+    assert out["loss"].item() == approx(2 * math.log(1 + 7 * 25) + math.log(1 + 7 * 49), rel=1e-6) and out["square"] == 0
+
+
+def test_r_is_any_of_the_three_maps():
+    m, (v, batch) = build("yadim", extract="0r"), views()
+    seen = set()
+    for u in (0.0, 0.34, 0.67, 0.99):
+        m.map.fill_(u)
+        k = int(3 * u)
+        seen.add(k)
+        assert m.loss(v, batch)["l_nce"].item() == approx(slow_maps_loss(m, v, [(0, k)])[0].item(), rel=1e-4)
+    assert seen == {0, 1, 2}
+
+
+def test_places_are_a_function_of_seed_and_step():
+    a, b, other = build("yadim"), build("yadim", seed=1), build("yadim", seed=0, **{"batch": 8})
+    assert torch.equal(a.place, b.place)  # not of the weights' generator
+    first = a.place.clone()
+    a.after_step(0.25)
+    assert not torch.equal(a.place, first) and 0 <= a.place.min() and a.place.max() < 1
+    other.load_state_dict(a.state_dict())
+    assert torch.equal(other.place, a.place) and torch.equal(other.map, a.map)
+    assert a.place.shape == (1, 2, 8) and not torch.equal(a.place[0, 0], a.place[0, 1])
+    b.after_step(0.25)
+    assert torch.equal(a.place, b.place) and epoch_seed(0, 0.25) != epoch_seed(0, 0.5)
+
+
+def test_every_place_is_an_anchor_sometimes():
+    m, u = noise(1000, 2, 4, 4), torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    picked = maps.Composed.anchor(m, u)
+    where = [(m[b].flatten(1).T == picked[b]).all(1).nonzero().item() for b in range(1000)]
+    assert torch.bincount(torch.tensor(where), minlength=16).min() > 30
+    assert torch.equal(maps.Composed.anchor(m, torch.full((1000,), 0.9999)), m[:, :, 3, 3])
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_everything_that_is_there_gets_a_gradient(method):
+    m, (v, batch) = build(method), views()
+    m.loss(v, batch)["loss"].backward()
+    dead = [k for k, p in m.named_parameters() if p.grad is None]
+    assert not dead
+    m = build("yadim", extract="22")  # nothing above the third map is trained
+    m.loss(v, batch)["loss"].backward()
+    assert {k.split(".")[1] for k, p in m.named_parameters() if p.grad is None} == {"layer3", "layer4"}
+
+
+def test_the_penalty_is_not_clipped():
+    (v, batch) = views()
+    loose, tight = build("amdim", clip=1e6), build("amdim", clip=1e-3)
+    a, b = loose.loss(v, batch), tight.loss(v, batch)
+    assert a["square"].item() == approx(b["square"].item(), rel=1e-5)
+    assert b["l_nce"].item() == approx(2 * math.log(1 + 7 * 25) + math.log(1 + 7 * 49), abs=0.01)  # |scores| < 0.001
+
+
+@pytest.mark.parametrize("block", [1, 500, 3000])
+@pytest.mark.parametrize("method", OWN)
+def test_blocks_change_no_loss_and_no_gradient(method, block, monkeypatch):
+    (v, batch), results = views(), []
+    for size in (2**24, block):
+        monkeypatch.setattr(maps, "BLOCK", size)
+        m = build(method)
+        m.loss(v, batch)["loss"].backward()
+        results.append({k: p.grad for k, p in m.named_parameters()})
+    for k, g in results[0].items():
+        assert torch.allclose(results[1][k], g, rtol=1e-3, atol=1e-5 * max(g.abs().max().item(), 1)), k
+
+
+def test_blocks_bound_the_scores(monkeypatch):
+    """No tensor kept for the way back, nor any score matrix, is larger than a block."""
+    monkeypatch.setattr(maps, "BLOCK", 640)
+    anchors, candidates, largest, kept = noise(64, 4, grad=True), noise(64 * 16, 4), [], []
+    nce = losses.nce
+    monkeypatch.setattr(losses, "nce", lambda s, *a: largest.append(s.numel()) or nce(s, *a))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        value = build("yadim", batch=64).contrast(anchors, candidates, 64)
+    assert max(largest) <= 64 * 16 and max(kept) <= 64 * 16 * 4  # a row at least; kept: the candidates themselves
+    value[0].backward()
+    assert len(largest) == 2 * 64  # once forward, once backward
+
+
+# --- CPC ------------------------------------------------------------------------------------------------------------
+
+LIBRARY = "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6"
+
+
+@pytest.mark.parametrize(("extract", "terms"), [("", 5), (LIBRARY, 15), ("1,2,3,4,5,6", 6)])
+def test_cpc_of_zero_logits(extract, terms):
+    m, (v, batch) = build("cpc_v2", extract=extract), views()
+    torch.nn.init.zeros_(m.target.weight)
+    torch.nn.init.zeros_(m.target.bias)
+    assert m.loss(v, batch)["loss"].item() == approx(terms * math.log(49 * 8), rel=1e-6)
+
+
+def test_cpc_is_a_loop():
+    m, (v, batch) = build("cpc_v2", extract="2,3,3,6"), views(4)
+    grid, = m.backbone.maps(v[0])
+    context, targets = m.context(grid), m.target(grid)
+    everything = [targets[b, :, r, c] for b in range(4) for r in range(7) for c in range(7)]
+    slow = 0.0
+    for row, times in ((2, 1), (3, 2), (6, 1)):
+        terms = []
+        for b in range(4):
+            for r in range(7 - row):
+                for c in range(7):
+                    p = F.conv2d(context, m.predict[str(row)].weight, m.predict[str(row)].bias)[b, :, r, c]
+                    logits = 0.1 * torch.stack([p @ t for t in everything])
+                    terms.append(-logits.log_softmax(0)[49 * b + 7 * (r + row) + c])
+        slow += times * sum(terms).item() / len(terms)
+    assert m.loss(v, batch)["loss"].item() == approx(slow, rel=1e-5)
+
+
+def test_cpc_looks_at_the_first_view_alone_and_predicts_from_above():
+    m, (v, batch) = build("cpc_v2"), views()
+    assert torch.equal(m.loss(v, batch)["loss"], m.loss((v[0], v[1] * 0), batch)["loss"])
+    x = v[0].clone().requires_grad_()
+    seen, = torch.autograd.grad(m.context(m.backbone.maps(x)[0])[:, :, 0].sum(), x)
+    assert not seen[:, :, 8:].any()  # the first row of the grid lies within the first 8 rows of pixels
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+@pytest.mark.parametrize("method", OWN)
+def test_losses_are_finite_on_extreme_images(method, scale):
+    m, (v, batch) = build(method), views()
+    out = m.loss(tuple(scale * x for x in v), batch)
+    out["loss"].backward()
+    assert out["loss"].isfinite() and all(p.grad.isfinite().all() for p in m.parameters())
+
+
+# --- five choices ---------------------------------------------------------------------------------------------------
+
+
+def twins(one, other, steps=3):
+    """Two methods from one seed, stepped alike by Adam: every loss and every weight bit for bit."""
+    assert one.state_dict().keys() == other.state_dict().keys()
+    optimizers = [torch.optim.Adam(m.param_groups(1e-3), lr=1e-3, betas=(0.8, 0.999)) for m in (one, other)]
+    for step in range(steps):
+        v, batch = views(seed=step)
+        for m, optimizer in zip((one, other), optimizers):
+            optimizer.zero_grad()
+            m.last = m.loss(v, batch)["loss"]
+            m.last.backward()
+            optimizer.step()
+            m.after_step((step + 1) / steps)
+        assert one.last.item() == other.last.item()
+    for (k, a), b in zip(one.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(a, b), k
+
+
+def test_amdim_small_and_yadim_are_their_five_choices():
+    twins(build("amdim"), composed())
+    twins(build("yadim"), composed(augment="yadim", encode="resnet18", extract="00", stem="cifar"))
+
+
+def test_every_choice_counts():
+    """Each of the five, changed alone, is another run, and the four that the loss sees another loss."""
+    v, batch = views()
+    base = composed()
+    other = {"encode": "resnet18", "extract": "01,11", "compare": "cosine", "loss": "info_nce"}
+    values = [composed(**{k: x}).loss(v, batch)["loss"].item() for k, x in other.items()]
+    assert len({base.loss(v, batch)["loss"].item(), *values}) == 5
+    fields = [methods.compose(**{**CROSSED, k: x}) for k, x in ({"augment": "yadim"} | other).items()]
+    assert len({RunConfig(data="0", **f).key() for f in (*fields, methods.compose(**CROSSED))}) == 6
+
+
+def sentence(call, *parts):
+    with pytest.raises(SidaeError) as error:
+        call()
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and all(p in text for p in parts), text
+
+
+@pytest.mark.parametrize(("changes", "parts"), [
+    ({"augment": "fog"}, ("'fog'", "amdim")), ({"augment": "none"}, ("'none'", "second view")),
+    ({"augment": "cpc_patches"}, ("second view",)), ({"encode": "vgg"}, ("'vgg'", "resnet18", "amdim")),
+    ({"encode": "small_cnn"}, ("map 2", "small_cnn gives 0")),
+    ({"encode": "patches18", "extract": "00,11"}, ("map 1", "gives 1")),
+    ({"extract": "03"}, ("'03'", "01,02,11")), ({"extract": "01, 02"}, ("'01, 02'",)), ({"extract": "00,00"}, ("once",)),
+    ({"extract": "r0"}, ("'r0'",)), ({"extract": ""}, ("names its extract",)), ({"compare": "l2"}, ("'l2'", "cosine")),
+    ({"loss": "hinge"}, ("'hinge'", "info_nce")), ({"size": 28}, ("32 pixels", "28")), ({"queue_length": 3}, ("queue_length",)),
+])  # fmt: skip
+def test_compose_refuses_what_makes_no_sense(changes, parts):
+    sentence(lambda: methods.compose(**{**CROSSED, **changes}), *parts)
+
+
+def test_what_the_papers_methods_refuse():
+    sentence(lambda: methods.check(run("cpc_v2", backbone="resnet18")), "cpc_v2", "patches18")
+    for rows in ("7", "0", "2;3", "2,", "r"):
+        sentence(lambda: methods.check(run("cpc_v2", extract=rows)), repr(rows), "1 to 6")  # noqa: B023
+    sentence(lambda: methods.check(run("yadim", extract="vector")), "'vector'")
+    sentence(lambda: methods.check(run("yadim", compare="cosine")), "yadim does not read compare")
+    sentence(lambda: methods.check(run("amdim", augment="none")), "second view")
+    for field, value in (("beta2", 0.9), ("depth", 4), ("norm", "layer")):
+        sentence(lambda: run("yadim", **{field: value}), field)  # noqa: B023
+
+
+def test_naming_a_methods_own_comparison_is_the_same_run():
+    for method, own_extract in (("amdim", "01,02,11"), ("yadim", "00"), ("cpc_v2", "2,3,4,5,6")):
+        assert run(method, extract=own_extract) == run(method) and run(method).extract == ""
+        assert methods.five_axes()[method].extract == own_extract
+    assert run("yadim", extract="01,02,11").extract == "01,02,11"
+
+
+# --- through the real loop ------------------------------------------------------------------------------------------
+
+
+def bare(record):
+    epochs = [{k: v for k, v in e.items() if k not in ("seconds", "images_per_second")} for e in record["epochs"]]
+    return {k: v for k, v in record.items() if k not in ("seconds", "provenance")} | {"epochs": epochs}
+
+
+@pytest.mark.parametrize("method", [*OWN, "0r"])
+def test_a_stopped_run_equals_one_that_was_not(method, tmp_path, monkeypatch):
+    """Adam's moments, the places drawn for the next step and the warm-up go on bit for bit."""
+    extra = {"extract": "0r"} if method == "0r" else {}
+    config = run("yadim" if method == "0r" else method, data=data.identify("digits"), pool=48, batch=16, epochs=2,
+                 schedule="steps", warmup=0.4, **ADAM, **extra)  # fmt: skip
+    images, cpu = data.by_fingerprint(config.data), torch.device("cpu")
+    whole = train.pretrain(config, images, tmp_path / "whole", device=cpu)
+    steps, step = iter(range(1, 100)), torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (step(self), next(steps) == 4 and os.kill(os.getpid(), 2))[0])
+    with pytest.raises(train.Stopped, match="step 4 of 6"):
+        train.pretrain(config, images, tmp_path / "parts", device=cpu)
+    parts = train.pretrain(config, images, tmp_path / "parts", device=cpu)
+    assert bare(parts) == bare(whole) and json.dumps(whole)
+    a, b = (load_file(tmp_path / p / "backbone-e002.safetensors") for p in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_loop_is_plain_adam(tmp_path):
+    """Two steps of the loop equal Adam typed here: L2 decay in the gradient, both moments, their correction, warm-up."""
+    config = run("yadim", data=data.identify("digits"), pool=32, batch=16, epochs=1, warmup=0.9, **ADAM | {"weight_decay": 0.1})
+    images = data.by_fingerprint(config.data)
+    one, two = (train.Run(config, images, torch.device("cpu")) for _ in range(2))
+    drawn = one.draw(0)
+    moments = {k: (torch.zeros_like(p), torch.zeros_like(p)) for k, p in two.method.named_parameters()}
+    start = {k: p.detach().clone() for k, p in two.method.named_parameters()}
+    for t, (a, b) in enumerate(one.bounds, 1):
+        one.advance(drawn, a, b)
+        i = drawn[0][a:b, 0]
+        params = tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
+        two.method.zero_grad()
+        two.forward(two.images[i], two.images[i], params, {"i": i, "j": i})[0]["loss"].backward()
+        two.method.after_step(t / 2)
+        rate = 1e-3 * min(1, t / 1.8) * 0.5 * (1 + math.cos(math.pi * (t - 1) / 2))
+        with torch.no_grad():
+            for k, p in two.method.named_parameters():
+                g, (m, v) = p.grad + 0.1 * p, moments[k]
+                m.mul_(0.8).add_(0.2 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                p -= rate * (m / (1 - 0.8**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    for k, p in one.method.named_parameters():
+        assert (p - two.method.get_parameter(k)).norm() < 0.01 * (p - start[k]).norm(), k
+
+
+def test_lr_warms_up_and_drops():
+    assert [train.lr_at(s, 300, 1.0, "steps") for s in (0, 249, 250, 279, 280, 299)] == approx([1, 1, 0.2, 0.2, 0.04, 0.04])
+    assert [train.lr_at(s, 100, 2.0, "constant", 0.1) for s in (0, 4, 9, 10, 99)] == approx([0.2, 1, 2, 2, 2])
+    assert train.lr_at(50, 100, 0.03, "cosine", 0.1) == train.lr_at(50, 100, 0.03)
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def test_translate_is_a_reflected_shift():
+    x, op = noise(200, 3, 32, 32), augment.Translate(4, 0.8)
+    params = op.draw(200, 32, torch.Generator().manual_seed(0))
+    shift = params["translate"]
+    assert shift.min() == -4 and shift.max() == 4 and 0.7 < (shift != 0).any(1).float().mean() < 0.88
+    padded = F.pad(x, (4, 4, 4, 4), mode="reflect")
+    slow = torch.stack([p[:, 4 + r : 36 + r, 4 + c : 36 + c] for p, (r, c) in zip(padded, shift.tolist())])
+    assert torch.equal(op(x, params), slow)
+
+
+def test_amdims_views_share_the_flip_and_nothing_else():
+    draw = {name: augment.VIEWS[name].draw(500, 32, torch.Generator().manual_seed(0)) for name in ("amdim", "yadim")}
+    (a1, a2), (y1, y2) = draw["amdim"], draw["yadim"]
+    assert torch.equal(a1["flip"], a2["flip"]) and not torch.equal(y1["flip"], y2["flip"])
+    assert all(torch.equal(a1[k], y1[k]) for k in a1) and not torch.equal(a1["translate"], a2["translate"])
+    assert augment.VIEWS["cpc_patches"].second == ()
