@@ -329,10 +329,10 @@ VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4
     "simclr": Views(_SIMCLR, _SIMCLR),
     "byol": Views(_BYOL, (*_BYOL, Solarize())),
     "dino": Views(_DINO, (*_DINO, Solarize())),
-    "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
     "amdim": Views(_AMDIM, _AMDIM, shared=("flip",)),  # arXiv:1906.00910, its code for CIFAR: one flip for both views
     "yadim": Views(_AMDIM, _AMDIM),  # AMDIM's and, but for its patches, CPC's: every view its own flip
     "cpc_patches": Views(_AMDIM, ()),  # one view, which the encoder cuts into patches
+    "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
     "none": Views((), ()),
 }
 

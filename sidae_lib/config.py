@@ -188,9 +188,6 @@ class RunConfig(_Config):
         self._require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}.")
         self._require(0 <= self.warmup < 1, f"warmup is a share of the steps in [0, 1), got {self.warmup}.")
         self._require(0 <= self.beta2 < 1, f"beta2 must lie in [0, 1), got {self.beta2}.")
-        for name, default, ok in (("beta2", 0.999, self.optimizer == "adam"), ("depth", 3, self.backbone == "amdim"),
-                                  ("norm", "group", self.backbone.startswith("patches"))):  # fmt: skip
-            self._require(ok or getattr(self, name) == default, f"{name} is not read here; leave it at {default!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if not (k.endswith("_recipe") and v == 1)}

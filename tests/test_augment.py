@@ -205,7 +205,7 @@ def test_draw_is_a_function_of_the_generator(name):
             assert torch.equal(v, again[view][k]) and not torch.equal(v, other[view][k])
             assert len(v) == 64 and v.dtype in (torch.float32, torch.int64)
             assert len(v.unique(dim=0)) > 1  # two samples of a batch differ
-            if k in first[1]:  # the two views differ, but for what the pipeline says they share
+            if k in first[1 - view]:  # the two views differ, but for what the pipeline says they share
                 assert torch.equal(first[0][k], first[1][k]) == (k in VIEWS[name].shared)
 
 

@@ -91,9 +91,10 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
              "backbone": "small_cnn", "stem": "cifar", "proj_affine": True, "target": "unit", "recon": "sum",
              "recon_target": "view", "output": "tanh", "schedule": "constant", "decay_bias": False, "precision": "bf16",
              "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5, "ema": 0.5, "symmetric": True,
-             "leave_out": "none", "cancel": "eliminate"}  # fmt: skip
-    changed = [run().replace(**{f.name: other.get(f.name, 7)}) for f in fields(RunConfig) if f.name != "optimizer"]
-    assert len({c.key() for c in [run(), *changed]}) == len(fields(RunConfig))
+             "leave_out": "none", "cancel": "eliminate", "norm": "layer", "extract": "11", "compare": "cosine",
+             "loss": "nce", "optimizer": "adam", "beta2": 0.5, "warmup": 0.5}  # fmt: skip
+    changed = [run().replace(**{f.name: other.get(f.name, 7)}) for f in fields(RunConfig)]
+    assert len({c.key() for c in [run(), *changed]}) == len(fields(RunConfig)) + 1
     other = {"run": run(seed=1), "kind": "knn", "data": "1", "labels": 0.5, "score_on": "val", "momentum": 0.5,
              "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data"}  # fmt: skip
     changed = [evaluation().replace(**{f.name: other.get(f.name, 7)}) for f in fields(EvalConfig)]

@@ -376,6 +376,13 @@ def test_amdim_small_and_yadim_are_their_five_choices():
     twins(build("yadim"), composed(augment="yadim", encode="resnet18", extract="00", stem="cifar"))
 
 
+def test_simclr_is_its_five_choices():
+    """The class of its own, in methods/contrastive.py, against the crossing."""
+    more = {"dim": 16, "hidden": 24, "tau": 0.5, "width": 4}
+    twins(build("simclr", augment="simclr", **more),
+          composed(augment="simclr", encode="resnet18", extract="vector", compare="cosine", loss="info_nce", **more))
+
+
 def test_every_choice_counts():
     """Each of the five, changed alone, is another run, and the four that the loss sees another loss."""
     v, batch = views()
@@ -415,7 +422,7 @@ def test_what_the_papers_methods_refuse():
     sentence(lambda: methods.check(run("yadim", compare="cosine")), "yadim does not read compare")
     sentence(lambda: methods.check(run("amdim", augment="none")), "second view")
     for field, value in (("beta2", 0.9), ("depth", 4), ("norm", "layer")):
-        sentence(lambda: run("yadim", **{field: value}), field)  # noqa: B023
+        sentence(lambda: methods.check(run("yadim", **{field: value})), f"yadim does not read {field}")  # noqa: B023
 
 
 def test_naming_a_methods_own_comparison_is_the_same_run():

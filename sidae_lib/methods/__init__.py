@@ -40,8 +40,10 @@ def check(config: RunConfig) -> type[Method]:
         raise SidaeError(f"Unknown method {config.method!r}; choose from {', '.join(METHODS)}.")
     cls = METHODS[config.method]
     augment.check(config.augment)
+    idle = {f for f, read in (("beta2", config.optimizer == "adam"), ("depth", config.backbone == "amdim"),
+                              ("norm", config.backbone.startswith("patches"))) if not read}  # fmt: skip
     for f in dataclasses.fields(config):
-        if f.name in SHARED and f.name not in cls.reads and getattr(config, f.name) != f.default:
+        if f.name in (SHARED - {*cls.reads}) | idle and getattr(config, f.name) != f.default:
             raise SidaeError(f"{config.method} does not read {f.name}; leave it at its default, {f.default!r}.")
     if config.epochs and cls.loss is Method.loss:
         raise SidaeError(f"{config.method} has nothing to train; set epochs to 0.")

@@ -16,7 +16,7 @@ class BYOL(Method):
     """
 
     axes = Axes(augment="byol", encode="backbone + 2-layer projector, predictor on one side; momentum copy as target",
-                extract="last vector per view", compare="cosine", loss="2 - 2 cos with the target, no negatives")  # fmt: skip
+                extract="last vector per view", compare="cosine_similarity", loss="neg_cosine to the target, no negatives")  # fmt: skip
     reads = ("dim", "hidden", "pred_hidden", "ema")
 
     def __init__(self, config: RunConfig, classes: int = 0) -> None:
@@ -41,7 +41,7 @@ class VICReg(Method):
     """VICReg (arXiv:2105.04906): 25 invariance + 25 variance + covariance. Deviation: SGD for LARS."""
 
     axes = Axes(augment="byol", encode="backbone + 3-layer expander", extract="last vector per view",
-                compare="squared error", loss="invariance, variance and covariance, no negatives")  # fmt: skip
+                compare="mse_loss", loss="vicreg: invariance, variance, covariance; no negatives")  # fmt: skip
     reads = ("dim", "hidden")
 
     def __init__(self, config: RunConfig, classes: int = 0) -> None:
@@ -58,7 +58,8 @@ class BarlowTwins(VICReg):
     """Barlow Twins (arXiv:2103.03230), lambda = 0.0051, on the same expander. Deviation: SGD for LARS."""
 
     axes = Axes(augment="byol", encode="backbone + 3-layer projector", extract="last vector per view",
-                compare="correlation of dimensions over the batch", loss="distance to the identity, no negatives")  # fmt: skip
+                compare="batch_norm, correlation of dimensions",
+                loss="barlow_twins, distance to the identity, no negatives")  # fmt: skip
 
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         z1, z2 = (self.projector(self.backbone(v)) for v in views)  # (B, D)
@@ -75,8 +76,8 @@ class DINO(Method):
     """
 
     axes = Axes(augment="dino", encode="backbone + 3-layer projector + prototypes; momentum copy as teacher",
-                extract="scores of the last vector per view", compare="cross-entropy of softmax",
-                loss="cross-entropy with the centred teacher, no negatives")  # fmt: skip
+                extract="scores of the last vector per view", compare="cosine with each prototype",
+                loss="dino, cross-entropy with the centred teacher, no negatives")  # fmt: skip
     reads = ("dim", "hidden", "tau", "ema", "prototypes")
     TAU_T = 0.04
 
