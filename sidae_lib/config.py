@@ -227,7 +227,6 @@ class EvalConfig(_Config):
     augment: str = "none"  # open: resize and normalise only, so that features can be cached
     bn: Literal["eval", "train"] = "eval"  # open: BatchNorm of a frozen backbone keeps its running statistics
     stats: Literal["run", "data"] = "run"  # open: whose pixel statistics normalise, the pre-training set's or data's
-    flat: bool = False  # the whole last map instead of its mean: CPC's own probe
     k: int = 200  # knn: neighbours
     tau: float = 0.1  # knn: weight exp(cosine / tau)
     C: float = 1.0  # logistic: inverse strength of the L2 penalty

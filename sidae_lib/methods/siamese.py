@@ -16,7 +16,8 @@ class BYOL(Method):
     """
 
     axes = Axes(augment="byol", encode="backbone + 2-layer projector, predictor on one side; momentum copy as target",
-                extract="last vector per view", compare="cosine_similarity", loss="neg_cosine to the target, no negatives")  # fmt: skip
+                extract="last vector per view", compare="cosine_similarity",
+                loss="neg_cosine to the target, no negatives")  # fmt: skip
     reads = ("dim", "hidden", "pred_hidden", "ema")
 
     def __init__(self, config: RunConfig, classes: int = 0) -> None:
