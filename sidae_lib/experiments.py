@@ -66,6 +66,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dino": {"dim": 256, "lr": 0.24},
     "barlow_twins": {"lr": 0.24},
 }
+# Adam as in AMDIM's and bolts' code, its rate whatever the batch; the warm-up there is 500 steps of 75,000
+_ADAM = {"optimizer": "adam", "momentum": 0.8, "weight_decay": 1e-5}
+_DIM = _ADAM | {"lr": 2e-4, "schedule": "steps", "warmup": 0.05}
+RECIPES |= {
+    "amdim": _DIM | {"backbone": "amdim"},
+    "yadim": (_yadim := _DIM | {"backbone": "resnet18", "stem": "cifar", "clip": 10.0}),
+    "composed": _yadim,
+    "cpc_v2": _ADAM | {"lr": 1e-4, "schedule": "constant", "backbone": "patches18", "dim": 64, "hidden": 256},
+}
 GREY = ("mnist", "fashion_mnist", "digits")
 PROBES = ("linear", "logistic", "knn")
 
@@ -93,12 +102,14 @@ def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunC
     else:
         if dataset not in s.epochs:
             raise SidaeError(f"Scale {scale} has no length for {dataset!r}; its sets are {', '.join(s.epochs)}.")
-        pipeline = methods.METHODS[method].axes.augment
+        pipeline, recipe = methods.METHODS[method].axes.augment, RECIPES.get(method, {})
         fields |= {"epochs": s.epochs[dataset], "pool": s.pool.get(dataset, 0),
                    "augment": "simsiam_grey" if pipeline == "simsiam_cifar" and dataset in GREY else pipeline}  # fmt: skip
-        for k, v in RECIPES.get(method, {}).items():
+        for k, v in recipe.items():
             cap = s.run.get("hidden", v) if k in ("dim", "hidden", "pred_hidden") else v
-            fields[k] = v * s.run.get("batch", 512) / 512 if k == "lr" else min(v, cap)
+            fields[k] = v * s.run.get("batch", 512) / 512 if k == "lr" and "optimizer" not in recipe else min(v, cap)
+        if "backbone" in recipe and s.run.get("backbone") == "small_cnn":  # which has no maps to compare
+            fields["width"] = 4
     return RunConfig.create(**fields | changes)
 
 
@@ -238,8 +249,41 @@ def tsne(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) ->
     return runs, [EvalConfig(run=r, kind="tsne", labels=s.labels[0], k=s.neighbours[0], points=s.pictured) for r in runs]
 
 
+VARIED: dict[str, list[dict[str, Any]]] = {  # the other choices on the five axes, one changed at a time
+    "yadim": [{"backbone": "resnet34"}, {"backbone": "amdim"}, {"extract": "00,11"}, {"extract": "01,02,11"},
+              {"extract": "0r"}, {"augment": "amdim"}, {"augment": "simclr"}],
+    "amdim": [{"backbone": "resnet18", "stem": "cifar"}, {"backbone": "resnet34", "stem": "cifar"}, {"extract": "00"},
+              {"extract": "00,11"}, {"extract": "0r"}],
+    "cpc_v2": [{"backbone": "patches34"}, {"norm": "layer"}, {"extract": "1,2,3,4,5,6"}, {"extract": "2"},
+               {"extract": "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6"}],
+}  # fmt: skip
+MADE = {  # method -> what else a composed one names, to be the same
+    "simclr": {"extract": "vector", "compare": "cosine", "loss": "info_nce"},
+    "amdim": {"extract": "01,02,11", "compare": "dot", "loss": "nce"},
+    "yadim": {"extract": "00", "compare": "dot", "loss": "nce"},
+}
+
+
+def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
+    """Every method on one set at equal images seen; AMDIM, CPC and YADIM with one choice changed at a time (at laptop scale
+    encoder and extraction alone); SimCLR, AMDIM and YADIM once more, made of five choices. Two seeds below paper scale."""
+    s, found = scale_of(scale), []
+    dataset = (datasets or [d for d in ("cifar10", *s.datasets) if d in s.datasets])[0]
+    length = {} if scale == "paper" else {"epochs": {"smoke": 1, "quick": 3}.get(scale, 4)}
+    for seed in seeds or (s.seeds if scale == "paper" else s.seeds[:2]):
+        own = {m: run(m, dataset, scale, seed, **({} if m == "untrained" else length), **({"labels": s.labels[0]}
+               if m == "supervised" else {})) for m in methods.METHODS if m != "composed"}  # fmt: skip
+        made = {m: own[m].replace(method="composed", **five) for m, five in MADE.items()}
+        found += [*own.values(), *(own[m].replace(**c) for m, changes in VARIED.items() for c in changes
+                                   if scale != "laptop" or "augment" not in c)]  # fmt: skip
+        if scale != "laptop":
+            found += [*made.values(), made["yadim"].replace(compare="cosine"), made["yadim"].replace(loss="info_nce")]
+    return found, [EvalConfig(run=r, kind=kind, labels=s.labels[0], **({"k": s.neighbours[0]} if kind == "knn" else {}))
+                   for r in found for kind in ("logistic", "knn")]
+
+
 FIGURES: dict[str, Callable[..., Needs]] = {f.__name__: f for f in (
-    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne)}
+    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, five_axes)}
 
 
 def figure(name: str) -> Callable[..., Needs]:

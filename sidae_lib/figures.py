@@ -22,14 +22,16 @@ from .train import device_of, provenance, write
 # Okabe & Ito's colours, then Tol's and Brewer's dark ones, one per method in every figure; baselines are grey lines
 COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F",
            "simclr": "#56B4E9", "moco_v2": "#E69F00", "nnclr": "#332288", "fnc": "#8C510A", "byol": "#CC79A7",
-           "vicreg": "#882255", "dino": "#999933", "barlow_twins": "#44AA99"}
+           "vicreg": "#882255", "dino": "#999933", "barlow_twins": "#44AA99", "amdim": "#AA4466", "cpc_v2": "#6B4C9A",
+           "yadim": "#117733", "composed": "#117733"}
 NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
          "untrained": "Untrained", "simclr": "SimCLR", "moco_v2": "MoCo v2", "nnclr": "NNCLR", "fnc": "FNC", "byol": "BYOL",
-         "vicreg": "VICReg", "dino": "DINO", "barlow_twins": "Barlow Twins"}
+         "vicreg": "VICReg", "dino": "DINO", "barlow_twins": "Barlow Twins", "amdim": "AMDIM", "cpc_v2": "CPC v2",
+         "yadim": "YADIM-like", "composed": "Composed"}
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
 PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
 MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^", "simclr": "D", "moco_v2": "v", "nnclr": "<", "fnc": ">", "byol": "P",
-           "vicreg": "X", "dino": "p", "barlow_twins": "h"}
+           "vicreg": "X", "dino": "p", "barlow_twins": "h", "amdim": "d", "cpc_v2": "H", "yadim": "*"}
 OFFSETS = {"sidae": -0.15, "simsiam": 0.0, "dae": 0.15}  # of a method's marker from its row
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "legend.frameon": False, "svg.hashsalt": "sidae", "savefig.dpi": 200}
@@ -48,7 +50,8 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
         rows.append({
             "data": r["data"]["name"], "display": r["data"]["display"], "pretrain": data.display(run.data),
             "pretrain_name": data.KNOWN.get(run.data, (run.data,))[0],
-            "method": run.method, "w": run.w, "augment": run.augment, "target": f"{run.target}, {run.recon}",
+            "method": run.method, "varied": "; ".join(f"{k}: {v}" for k, v in methods.varied(run).items()),
+            "w": run.w, "augment": run.augment, "target": f"{run.target}, {run.recon}",
             "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "kind": r["kind"], "scored": ask.get("score_on", "test"),
             "labels": ask.get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
@@ -298,6 +301,56 @@ def neighbours(record: dict[str, Any], images: data.Images) -> Figure:
         method = RunConfig.from_dict(record["config"]["run"]).method
         hits = np.mean([train.labels[j].item() == test.labels[q].item() for q, o in zip(record["points"], near) for j in o])
         fig.suptitle(f"{NAMES[method]}: {100 * hits:.0f} % of the neighbours of the query's class", fontsize=7)
+    return fig
+
+
+def five_axes(table: pd.DataFrame) -> Figure:
+    """AMDIM, CPC and YADIM from `summary`, a row per method and axis: every choice with its accuracy, the method's own
+    filled, under them the spread, which the paper's claim is about; the untrained network as a line."""
+    rows = [(m, axis, part) for m in ("yadim", "amdim", "cpc_v2") for axis, part in published.choices(table, m)]
+    with _figure(7.2, 0.44 * len(rows) + 0.9) as fig:
+        ax = fig.subplots()
+        for y, (m, axis, part) in enumerate(rows):
+            ax.plot(part["mean"].agg(["min", "max"]), (y, y), color=COLOURS[m], lw=6, alpha=0.15, solid_capstyle="butt")
+            for k, p in enumerate(part.sort_values("mean").itertuples()):
+                ax.errorbar(p.mean, y, xerr=p.se, color=COLOURS[m], marker=MARKERS[m], ms=5, mfc=None if p.own else "white")
+                name = methods.METHODS[m].own[axis] if p.own else p.choice
+                ax.annotate(name, (p.mean, y), (0, 5 if k % 2 else -11), textcoords="offset points", ha="center", fontsize=5.5)
+        for p in table[table["method"] == "untrained"].itertuples():
+            ax.axvline(p.mean, ls=":", lw=1, color=COLOURS["untrained"], label=NAMES["untrained"])
+        ax.set_yticks(range(len(rows)), [f"{NAMES[m]}: {axis}" for m, axis, _ in rows])
+        ax.set(xlabel=f"test accuracy (%), {PROBES[table['kind'].iloc[0]]}", ylim=(len(rows) - 0.4, -0.6),
+               title=f"One choice changed at a time, {table['display'].iloc[0]}")
+        ax.margins(x=0.08)
+        fig.legend(loc="outside upper right")
+    return fig
+
+
+def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Every method by its own choices: accuracy, kNN, `seconds` of training per 1,000 images, the collapse gauge z_std
+    (1 / sqrt(D) is healthy, 0 collapsed) and `train.cost`. records: of runs and of evaluations; costs: by method."""
+    frame = evaluations([r for r in records if "kind" in r])
+    table = summary(frame[(frame["varied"] == "") & (frame["method"] != "composed")])
+    wide = table.pivot_table(index=["method", "n", "hardware", "display"], columns="kind", values="mean", sort=False)
+    trained = [r for r in records if r.get("epochs") and not methods.varied(RunConfig.from_dict(r["config"]))]
+    took = pd.DataFrame([{"method": r["config"]["method"], "images": r["images"], "z_std": r["epochs"][-1]["z_std"],
+                          "seconds": 1000 * r["seconds"] / r["images"]} for r in trained]).groupby("method").mean()
+    return wide.reset_index().merge(took, "left", "method").join(pd.DataFrame(costs).T, "method")
+
+
+def accuracy_vs_cost(table: pd.DataFrame) -> Figure:
+    """`side_by_side` as a picture: accuracy by logistic regression against seconds per 1,000 images seen."""
+    with _figure(6.4, 3.6) as fig:
+        ax = fig.subplots()
+        for r in table.itertuples():
+            style = {"color": COLOURS[r.method], "label": NAMES[r.method]}
+            if np.isnan(r.seconds):
+                ax.axhline(r.logistic, ls=":", lw=1, **style)
+            else:
+                ax.plot(r.seconds, r.logistic, MARKERS.get(r.method, "."), ls="", **style)
+        ax.set(xscale="log", xlabel="seconds of training per 1,000 images", ylabel=f"test accuracy (%), {PROBES['logistic']}",
+               title=f"Equal images seen, {table['display'].iloc[0]}")
+        fig.legend(loc="outside right center", fontsize=7)
     return fig
 
 

@@ -295,3 +295,38 @@ def _loses_more(frame: pd.DataFrame) -> Cases:
                     for m in ("supervised", *SSL)}
             for m in SSL:
                 yield f"{display}, {m}", (loss["supervised"] - loss[m]).dropna()
+
+
+# --- five axes -----------------------------------------------------------------------------------------------------
+
+
+def choices(frame: pd.DataFrame, method: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(axis, rows) of a method: its own choice (`own`), and the choices that depart from it on this axis alone."""
+    rows = frame[frame["method"].isin([method, *["composed"] * (method == "yadim")]) & ~frame["varied"].str.contains(";")]
+    rows = rows[(rows["method"] == method) | (rows["varied"] != "")]
+    axes, _, names = (rows["varied"].str.partition(": ")[k] for k in range(3))
+    for axis in dict.fromkeys(axes[axes != ""]):
+        yield axis, rows.assign(choice=names, own=axes == "")[axes.isin([axis, ""])]
+
+
+@claim("yadim_robust")
+def _yadim_robust(frame: pd.DataFrame) -> Cases:
+    """Best less worst choice of an axis, seed by seed: another method's less YADIM's."""
+    for (display, labels), part in frame[frame["kind"] == "logistic"].groupby(["display", "labels"], sort=False):
+        wide = {(m, axis): rows.pivot_table(index="seed", columns="choice", values="accuracy").dropna()
+                for m in ("yadim", "amdim", "cpc_v2") for axis, rows in choices(part, m)}
+        spread = {k: v.max(axis=1) - v.min(axis=1) for k, v in wide.items()}
+        for (m, axis), other in spread.items():
+            if m != "yadim" and ("yadim", axis) in spread:
+                yield _name(display, labels, f"{axis}, against {m}"), (other - spread["yadim", axis]).dropna()
+
+
+@claim("special_cases")
+def _special_cases(frame: pd.DataFrame) -> Cases:
+    """A method's accuracy less that of the one made of its five choices."""
+    made = {"simclr": "extract: vector", "amdim": "augment: amdim; encode: amdim", "yadim": "^$"}
+    for (display, labels), part in frame[frame["kind"] == "logistic"].groupby(["display", "labels"], sort=False):
+        for m, varied in made.items():
+            same = part[(part["method"] == "composed") & part["varied"].str.contains(varied)]
+            own = part[(part["method"] == m) & (part["varied"] == "")]
+            yield _name(display, labels, m), paired(pd.concat([own, same]), {"method": m}, {"method": "composed"})

@@ -292,6 +292,23 @@ class Run:
         save_tensors(folder / f"backbone-e{epoch:03d}.safetensors", tensors, meta)
 
 
+def cost(config: RunConfig, images: Images) -> dict[str, float]:
+    """What one step of a run takes: `parameters` trained, and `mib` that it keeps for its way back, weights left out."""
+    run, kept = Run(config, images, torch.device("cpu")), {}
+    run.set_mode("eager")
+    weights = [p for p in run.method.parameters() if p.requires_grad]
+    own = {p.untyped_storage().data_ptr() for p in run.method.parameters()}
+
+    def keep(t: Tensor) -> Tensor:
+        s = t.untyped_storage()
+        kept.update({} if s.data_ptr() in own else {s.data_ptr(): s.nbytes()})
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run.forward(*run.samples(run.draw(0), *run.bounds[0]))
+    return {"parameters": sum(p.numel() for p in weights), "mib": round(sum(kept.values()) / 2**20, 1)}
+
+
 def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.device, checkpoints: Iterable[int] = (),
              deadline: float | None = None) -> dict[str, Any]:  # fmt: skip
     """Train one run, or go on with it, and return its record (design: "Run record"); weights go to `folder`.

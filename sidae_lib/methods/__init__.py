@@ -71,9 +71,17 @@ def compose(*, augment: str, encode: str, extract: str, compare: str, loss: str,
     return fields
 
 
+def varied(config: RunConfig) -> dict[str, str]:
+    """Axis -> choice, where a run of AMDIM, CPC or YADIM departs from its method; a composed one from YADIM."""
+    own = getattr(METHODS[config.method], "own", {})
+    made = {"augment": config.augment, "encode": config.backbone + ", layer norm" * (config.norm == "layer"),
+            "extract": config.extract, "compare": config.compare, "loss": config.loss}  # fmt: skip
+    return {axis: made[axis] for axis, choice in own.items() if made[axis] not in ("", choice)}
+
+
 def five_axes() -> dict[str, Axes]:
     """Method name -> its five choices (arXiv:2009.00104), read from the classes; a composed method's are its config's."""
     return {name: cls.axes for name, cls in METHODS.items() if cls is not Composed}
 
 
-__all__ = ["METHODS", "Axes", "Method", "build", "check", "compose", "five_axes"]
+__all__ = ["METHODS", "Axes", "Method", "build", "check", "compose", "five_axes", "varied"]

@@ -45,6 +45,7 @@ class Composed(Method):
     """
 
     reads = ("extract", "compare", "loss", "clip", "tau", "dim", "hidden")
+    own = {"augment": "yadim", "encode": "resnet18", "extract": "00", "compare": "dot", "loss": "nce"}
 
     @classmethod
     def validate(cls, config: RunConfig) -> None:
@@ -139,6 +140,7 @@ class AMDIM(Composed):
     axes = Axes(augment="amdim", encode="AMDIM's encoder + embeddings", extract=EXTRACTS["amdim"],
                 compare="dot + soft_clip", loss="nce; places of other images as negatives")  # fmt: skip
     reads = ("extract", "clip")
+    own = Composed.own | {"augment": "amdim", "encode": "amdim", "extract": EXTRACTS["amdim"]}
 
 
 class YADIM(AMDIM):
@@ -148,6 +150,7 @@ class YADIM(AMDIM):
 
     axes = Axes(augment="yadim", encode="any backbone with maps + BatchNorm of each map", extract=EXTRACTS["yadim"],
                 compare="dot + soft_clip", loss="nce; places of other images as negatives")  # fmt: skip
+    own = Composed.own
 
 
 class CPC(Method):
@@ -161,6 +164,7 @@ class CPC(Method):
     axes = Axes(augment="cpc_patches", encode="patch encoder + masked context", extract=EXTRACTS["cpc_v2"],
                 compare="dot", loss="cross_entropy; every other patch of the batch as negative")  # fmt: skip
     reads = ("extract", "hidden", "dim")
+    own = {"augment": "cpc_patches", "encode": "patches18", "extract": EXTRACTS["cpc_v2"]}
 
     @classmethod
     def validate(cls, config: RunConfig) -> None:
