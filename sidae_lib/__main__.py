@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, paths, runs, train
+from . import experiments, figures, methods, paths, runs, train
 from .config import RunConfig, SidaeError
 
 
@@ -63,7 +63,9 @@ def readme(text: str) -> str:
     for path in sorted(paths.figures("").glob("*/timings.csv")):
         clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"
                   for t in pd.read_csv(path).itertuples()]
-    for name, lines in (("results", rows), ("scoreboard", board), ("minutes", clock)):
+    axes = ["| method | augment | encode | extract | compare | loss |", "|---" * 6 + "|"]
+    axes += [f"| {' | '.join([figures.NAMES.get(m, m), *vars(a).values()])} |" for m, a in methods.five_axes().items()]
+    for name, lines in (("results", rows), ("scoreboard", board), ("minutes", clock), ("axes", axes)):
         head, _, rest = text.partition(f"<!-- {name} -->")
         tail = rest.partition(f"<!-- /{name} -->")[2]
         text = "\n".join([f"{head}<!-- {name} -->", *lines, f"<!-- /{name} -->{tail}"])

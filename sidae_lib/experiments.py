@@ -269,12 +269,14 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
     encoder and extraction alone); SimCLR, AMDIM and YADIM once more, made of five choices. Two seeds below paper scale."""
     s, found = scale_of(scale), []
     dataset = (datasets or [d for d in ("cifar10", *s.datasets) if d in s.datasets])[0]
-    length = {} if scale == "paper" else {"epochs": {"smoke": 1, "quick": 3}.get(scale, 4)}
+    length = {"paper": {}, "smoke": {"epochs": 1, "pool": 128}, "quick": {"epochs": 3}}.get(scale, {"epochs": 4})
     for seed in seeds or (s.seeds if scale == "paper" else s.seeds[:2]):
         own = {m: run(m, dataset, scale, seed, **({} if m == "untrained" else length), **({"labels": s.labels[0]}
-               if m == "supervised" else {})) for m in methods.METHODS if m != "composed"}  # fmt: skip
+               if m == "supervised" else {}), **({"queue": 64} if scale == "smoke" and "queue" in methods.METHODS[m].reads
+               else {})) for m in methods.METHODS if m != "composed"}  # fmt: skip
         made = {m: own[m].replace(method="composed", **five) for m, five in MADE.items()}
-        found += [*own.values(), *(own[m].replace(**c) for m, changes in VARIED.items() for c in changes
+        found += [*own.values(), *(own[m].replace(**c) for m, changes in VARIED.items()
+                                   for c in changes[:: 2 if scale == "smoke" else 1]
                                    if scale != "laptop" or "augment" not in c)]  # fmt: skip
         if scale != "laptop":
             found += [*made.values(), made["yadim"].replace(compare="cosine"), made["yadim"].replace(loss="info_nce")]
