@@ -275,8 +275,10 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
                if m == "supervised" else {}), **({"queue": 64} if scale == "smoke" and "queue" in methods.METHODS[m].reads
                else {})) for m in methods.METHODS if m != "composed"}  # fmt: skip
         made = {m: own[m].replace(method="composed", **five) for m, five in MADE.items()}
+        found += [own["untrained"].replace(**{k: getattr(own[m], k) for k in ("backbone", "stem", "width")})
+                  for m in VARIED]  # fmt: skip
         found += [*own.values(), *(own[m].replace(**c) for m, changes in VARIED.items()
-                                   for c in changes[:: 2 if scale == "smoke" else 1]
+                                   for c in changes[:: 3 if scale == "smoke" else 1]
                                    if scale != "laptop" or "augment" not in c)]  # fmt: skip
         if scale != "laptop":
             found += [*made.values(), made["yadim"].replace(compare="cosine"), made["yadim"].replace(loss="info_nce")]

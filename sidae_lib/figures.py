@@ -306,18 +306,19 @@ def neighbours(record: dict[str, Any], images: data.Images) -> Figure:
 
 def five_axes(table: pd.DataFrame) -> Figure:
     """AMDIM, CPC and YADIM from `summary`, a row per method and axis: every choice with its accuracy, the method's own
-    filled, under them the spread, which the paper's claim is about; the untrained network as a line."""
+    filled, under them the spread, which the paper's claim is about; a tick for the untrained network of the own encoder."""
     rows = [(m, axis, part) for m in ("yadim", "amdim", "cpc_v2") for axis, part in published.choices(table, m)]
-    with _figure(7.2, 0.44 * len(rows) + 0.9) as fig:
-        ax = fig.subplots()
+    with _figure(7.2, 0.5 * len(rows) + 0.9) as fig:
+        ax, bare = fig.subplots(), _untrained(table, "mean")
         for y, (m, axis, part) in enumerate(rows):
+            own = methods.METHODS[m].own
             ax.plot(part["mean"].agg(["min", "max"]), (y, y), color=COLOURS[m], lw=6, alpha=0.15, solid_capstyle="butt")
+            ax.plot(bare[m], y, "|", ms=16, color=COLOURS["untrained"], label="untrained" if y == 0 else None)
             for k, p in enumerate(part.sort_values("mean").itertuples()):
                 ax.errorbar(p.mean, y, xerr=p.se, color=COLOURS[m], marker=MARKERS[m], ms=5, mfc=None if p.own else "white")
-                name = methods.METHODS[m].own[axis] if p.own else p.choice
-                ax.annotate(name, (p.mean, y), (0, 5 if k % 2 else -11), textcoords="offset points", ha="center", fontsize=5.5)
-        for p in table[table["method"] == "untrained"].itertuples():
-            ax.axvline(p.mean, ls=":", lw=1, color=COLOURS["untrained"], label=NAMES["untrained"])
+                name = own[axis] if p.own else p.choice if len(p.choice) < 18 else "as bolts counts"
+                ax.annotate(name, (p.mean, y), (0, (4, -10, 10, -16)[k % 4]), textcoords="offset points", ha="center",
+                            fontsize=5.5)
         ax.set_yticks(range(len(rows)), [f"{NAMES[m]}: {axis}" for m, axis, _ in rows])
         ax.set(xlabel=f"test accuracy (%), {PROBES[table['kind'].iloc[0]]}", ylim=(len(rows) - 0.4, -0.6),
                title=f"One choice changed at a time, {table['display'].iloc[0]}")
@@ -326,31 +327,42 @@ def five_axes(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def _untrained(table: pd.DataFrame, value: str) -> dict[str, float]:
+    """Method -> `value` of the untrained network that it starts from."""
+    rows = table[table["method"] == "untrained"].set_index("varied")[value]
+    return {m: rows.get(f"encode: {cls.own['encode']}" if "extract" in cls.own else "") for m, cls in methods.METHODS.items()}
+
+
 def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """Every method by its own choices: accuracy, kNN, `seconds` of training per 1,000 images, the collapse gauge z_std
-    (1 / sqrt(D) is healthy, 0 collapsed) and `train.cost`. records: of runs and of evaluations; costs: by method."""
-    frame = evaluations([r for r in records if "kind" in r])
-    table = summary(frame[(frame["varied"] == "") & (frame["method"] != "composed")])
+    """Every method by its own choices: accuracy, kNN, logistic regression on its `untrained` network, `seconds` of training
+    per 1,000 images, the collapse gauge z_std (1 / sqrt(D) is healthy, 0 collapsed) and `train.cost`.
+
+    records: of runs and of evaluations; costs: by method."""
+    table = summary(evaluations([r for r in records if "kind" in r]))
+    bare = _untrained(table[table["kind"] == "logistic"], "mean")
+    table = table[(table["varied"] == "") & ~table["method"].isin(["composed", "untrained"])]
     wide = table.pivot_table(index=["method", "n", "hardware", "display"], columns="kind", values="mean", sort=False)
     trained = [r for r in records if r.get("epochs") and not methods.varied(RunConfig.from_dict(r["config"]))]
     took = pd.DataFrame([{"method": r["config"]["method"], "images": r["images"], "z_std": r["epochs"][-1]["z_std"],
                           "seconds": 1000 * r["seconds"] / r["images"]} for r in trained]).groupby("method").mean()
-    return wide.reset_index().merge(took, "left", "method").join(pd.DataFrame(costs).T, "method")
+    wide = wide.reset_index().merge(took, "left", "method").join(pd.DataFrame(costs).T, "method")
+    return wide.assign(untrained=wide["method"].map(bare))
 
 
 def accuracy_vs_cost(table: pd.DataFrame) -> Figure:
-    """`side_by_side` as a picture: accuracy by logistic regression against seconds per 1,000 images seen."""
+    """`side_by_side` as a picture: logistic regression against seconds per 1,000 images seen, over a line from untrained."""
     with _figure(6.4, 3.6) as fig:
         ax = fig.subplots()
         for r in table.itertuples():
-            style = {"color": COLOURS[r.method], "label": NAMES[r.method]}
-            if np.isnan(r.seconds):
-                ax.axhline(r.logistic, ls=":", lw=1, **style)
-            else:
-                ax.plot(r.seconds, r.logistic, MARKERS.get(r.method, "."), ls="", **style)
+            ax.vlines(r.seconds, r.untrained, r.logistic, color=COLOURS[r.method], lw=0.8)
+            ax.plot(r.seconds, r.untrained, "_", color=COLOURS["untrained"], label="Untrained")
+            ax.plot(r.seconds, r.logistic, MARKERS.get(r.method, "o"), ls="", color=COLOURS[r.method], label=NAMES[r.method])
         ax.set(xscale="log", xlabel="seconds of training per 1,000 images", ylabel=f"test accuracy (%), {PROBES['logistic']}",
                title=f"Equal images seen, {table['display'].iloc[0]}")
-        fig.legend(loc="outside right center", fontsize=7)
+        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            axis("{x:g}")
+        handles = {h.get_label(): h for h in ax.get_legend_handles_labels()[0]}
+        fig.legend(handles=handles.values(), loc="outside right center", fontsize=7)
     return fig
 
 

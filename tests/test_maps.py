@@ -4,13 +4,14 @@ import json
 import math
 import os
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
 from safetensors.torch import load_file
 
-from sidae_lib import augment, data, losses, methods, networks, train
+from sidae_lib import augment, data, experiments, figures, losses, methods, networks, published, train
 from sidae_lib.config import RunConfig, SidaeError, epoch_seed
 from sidae_lib.methods import maps
 
@@ -509,3 +510,105 @@ def test_amdims_views_share_the_flip_and_nothing_else():
     assert torch.equal(a1["flip"], a2["flip"]) and not torch.equal(y1["flip"], y2["flip"])
     assert all(torch.equal(a1[k], y1[k]) for k in a1) and not torch.equal(a1["translate"], a2["translate"])
     assert augment.VIEWS["cpc_patches"].second == ()
+
+
+# --- the figure's numbers -------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_where_it_departs_from_its_method():
+    assert methods.varied(run("yadim")) == methods.varied(run("amdim")) == methods.varied(run("cpc_v2")) == {}
+    assert methods.varied(run("yadim", backbone="amdim", extract="0r")) == {"encode": "amdim", "extract": "0r"}
+    assert methods.varied(run("amdim", backbone="resnet18")) == {"encode": "resnet18"}
+    assert methods.varied(run("cpc_v2", norm="layer")) == {"encode": "patches18 (layer)"}
+    made = RunConfig(data="0", **methods.compose(**CROSSED | {"augment": "yadim", "encode": "resnet18"}, stem="cifar"))
+    assert methods.varied(made) == {"extract": "01,02,11"}
+    assert methods.varied(RunConfig(method="sidae", data="0", stem="cifar", augment="fer")) == {}
+
+
+def test_the_experiment_varies_one_axis_at_a_time():
+    """Each axis of each method with the others held, the same number of images for all, every run one that trains."""
+    runs, evals = experiments.five_axes("quick")
+    assert len({r.key() for r in runs}) == len(runs) and {e.run for e in evals} == set(runs)
+    assert {(r.epochs, r.pool) for r in runs if r.method not in ("untrained",)} == {(3, 0)}
+    assert {r.method for r in runs} == methods.METHODS.keys()
+    found = {}
+    for r in runs:
+        methods.check(r)
+        if r.method in experiments.VARIED and (departs := methods.varied(r)):
+            (axis, choice), = departs.items()
+            found.setdefault((r.method, axis), set()).add(choice)
+    assert {k: len(v) for k, v in found.items()} == {
+        ("yadim", "augment"): 2, ("yadim", "encode"): 2, ("yadim", "extract"): 3, ("amdim", "encode"): 2,
+        ("amdim", "extract"): 3, ("cpc_v2", "encode"): 2, ("cpc_v2", "extract"): 3}  # fmt: skip
+    assert [methods.varied(r) for r in runs if r.method == "composed"][2:] == [{}, {"compare": "cosine"}, {"loss": "info_nce"}]
+    bare = {r.backbone for r in runs if r.method == "untrained"}
+    assert bare == {"resnet18", "amdim", "patches18"}  # each compared method has its own starting point beside it
+
+
+def frame():
+    """Two seeds; the spread over encoders is 6 and 4 points for AMDIM and 1 and 3 for YADIM."""
+    rows = [("amdim", "", 0, 50.0), ("amdim", "", 1, 52.0), ("amdim", "encode: resnet18", 0, 44.0),
+            ("amdim", "encode: resnet18", 1, 48.0), ("amdim", "encode: resnet34", 0, 47.0),
+            ("amdim", "encode: resnet34", 1, 50.0), ("amdim", "extract: 00", 0, 10.0), ("yadim", "", 0, 60.0),
+            ("yadim", "", 1, 60.0), ("yadim", "encode: amdim", 0, 61.0), ("yadim", "encode: amdim", 1, 57.0),
+            ("composed", "loss: info_nce", 0, 55.0), ("composed", "", 0, 60.0), ("composed", "", 1, 60.0),
+            ("composed", "augment: amdim; encode: amdim; extract: 01,02,11", 1, 51.5)]  # fmt: skip
+    return pd.DataFrame([{"method": m, "varied": v, "seed": s, "accuracy": a, "kind": "logistic", "display": "digits",
+                          "labels": 1.0} for m, v, s, a in rows])  # fmt: skip
+
+
+def test_choices_are_a_methods_own_and_those_that_differ_on_one_axis():
+    found = {axis: rows for axis, rows in published.choices(frame(), "yadim")}
+    assert list(found) == ["encode", "loss"]
+    assert found["encode"]["choice"].tolist() == ["", "", "amdim", "amdim"]
+    assert found["encode"]["own"].tolist() == [True, True, False, False]
+    assert found["loss"]["accuracy"].tolist() == [60.0, 60.0, 55.0]
+
+
+def test_claims_of_the_framework():
+    robust = dict(published.CLAIMS["yadim_robust"](frame()))
+    assert robust == {"digits, 100 %, encode, against amdim": [5.0, 1.0]}
+    special = dict(published.CLAIMS["special_cases"](frame()))
+    assert special["digits, 100 %, amdim"] == [0.5] and special["digits, 100 %, yadim"] == [0.0, 0.0]
+    assert not len(special["digits, 100 %, simclr"])
+
+
+def test_published_numbers_say_what_is_not_verified():
+    rows = published.table()
+    rows = rows[rows["method"].isin(OWN)]
+    assert rows["note"].notna().all() and rows["source"].notna().all()
+    assert (rows["note"].str.contains("unverified") == (rows["source"] == "recalled")).all()
+
+
+def test_cost_counts_parameters_and_what_a_step_keeps():
+    config = run("yadim", data=data.identify("digits"), pool=64, epochs=1)
+    images = data.by_fingerprint(config.data)
+    small, large = (train.cost(config.replace(batch=b), images) for b in (16, 32))
+    trained = methods.build(config).parameters()
+    assert small["parameters"] == large["parameters"] == sum(p.numel() for p in trained)
+    assert large["mib"] == approx(2 * small["mib"], rel=0.1) and small["mib"] > 16 * 4 * 32 * 32 * 4 / 2**20  # one map
+
+
+def test_a_composed_run_trains_is_read_and_is_drawn(store):
+    """What the notebook's last cells do, and both figures from the CSV beside them."""
+    from sidae_lib import runs
+    from sidae_lib.config import EvalConfig
+
+    five = methods.compose(augment="simclr", encode="resnet18", extract="00,11", compare="cosine", loss="nce", stem="cifar")
+    small = {"epochs": 1, "pool": 64, "batch": 32}
+    made = experiments.run(dataset="digits", scale="smoke", **five, **small)
+    own = {m: experiments.run(m, "digits", "smoke", **small) for m in ("yadim", "simsiam")}
+    own["untrained"] = experiments.run("untrained", "digits", "smoke", backbone="resnet18", stem="cifar", width=4)
+    wanted = [made, *own.values(), own["yadim"].replace(extract="11")]
+    evals = [EvalConfig(run=r, kind=k, labels=0.2) for r in wanted for k in ("logistic", "knn")]
+    records = runs.fetch_all([*wanted, *evals], device="cpu", log=lambda _: None)
+    table = figures.summary(figures.evaluations(records[len(wanted):]))
+    logistic = table[table["kind"] == "logistic"]
+    figures.save(figures.five_axes(logistic), "five_axes", "smoke", logistic)
+    side = figures.side_by_side(records, {"yadim": {"parameters": 5, "mib": 1.5}})
+    figures.save(figures.accuracy_vs_cost(side), "five_axes_cost", "smoke", side)
+    assert set(side["method"]) == {"yadim", "simsiam"} and side.set_index("method").loc["yadim", "untrained"] > 0
+    for name, draw in (("five_axes", figures.five_axes), ("five_axes_cost", figures.accuracy_vs_cost)):
+        again = pd.read_csv(store / "figures" / "smoke" / f"{name}.csv", keep_default_na=False, na_values=["", "nan"])
+        again = again.fillna({"varied": ""}) if "varied" in again else again
+        assert draw(again).axes[0].get_title() == draw(logistic if name == "five_axes" else side).axes[0].get_title()

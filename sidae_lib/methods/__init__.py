@@ -72,11 +72,13 @@ def compose(*, augment: str, encode: str, extract: str, compare: str, loss: str,
 
 
 def varied(config: RunConfig) -> dict[str, str]:
-    """Axis -> choice, where a run of AMDIM, CPC or YADIM departs from its method; a composed one from YADIM."""
-    own = getattr(METHODS[config.method], "own", {})
-    made = {"augment": config.augment, "encode": config.backbone + ", layer norm" * (config.norm == "layer"),
-            "extract": config.extract, "compare": config.compare, "loss": config.loss}  # fmt: skip
-    return {axis: made[axis] for axis, choice in own.items() if made[axis] not in ("", choice)}
+    """Axis -> choice, where a run of AMDIM, CPC or YADIM departs from its method, a composed one from YADIM, an untrained
+    one from the networks of the scales."""
+    c, own = config, METHODS[config.method].own
+    made = {"augment": c.augment, "extract": c.extract, "compare": c.compare, "loss": c.loss,
+            "encode": c.backbone + " (layer)" * (c.norm == "layer")
+            + " (cifar)" * (c.stem == "cifar" and c.backbone.startswith("resnet"))}  # fmt: skip
+    return {axis: made[axis] for axis, choice in own.items() if made[axis] not in ("", *choice.split("|"))}
 
 
 def five_axes() -> dict[str, Axes]:

@@ -35,6 +35,7 @@ class Method(nn.Module):
     """
 
     axes: ClassVar[Axes]
+    own: ClassVar[dict[str, str]] = {}  # axis -> what it chooses, where a run may choose otherwise; a|b: either
     reads: ClassVar[tuple[str, ...]] = ()
     labels: ClassVar[bool] = False
 

@@ -44,8 +44,10 @@ class Composed(Method):
     compare: cosine / tau; or dot / sqrt(D), clipped softly, with 0.05 times the mean squared score added to the loss.
     """
 
+    axes = Axes(augment="yadim", encode="any backbone", extract='"vector" or comparisons of maps', compare="dot or cosine",
+                loss="nce or info_nce")  # fmt: skip
     reads = ("extract", "compare", "loss", "clip", "tau", "dim", "hidden")
-    own = {"augment": "yadim", "encode": "resnet18", "extract": "00", "compare": "dot", "loss": "nce"}
+    own = {"augment": "yadim", "encode": "resnet18 (cifar)", "extract": "00", "compare": "dot", "loss": "nce"}
 
     @classmethod
     def validate(cls, config: RunConfig) -> None:

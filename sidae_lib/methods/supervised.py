@@ -29,3 +29,4 @@ class Untrained(Method):
     """A network as initialised: a method that does not beat it has learned nothing. It is never stepped."""
 
     axes = Axes(augment="none", encode="backbone", extract="pooled vector", compare="none", loss="none")
+    own = {"encode": "resnet18|small_cnn"}
