@@ -73,7 +73,8 @@ RECIPES |= {
     "amdim": _DIM | {"backbone": "amdim"},
     "yadim": (_yadim := _DIM | {"backbone": "resnet18", "stem": "cifar", "clip": 10.0}),
     "composed": _yadim,
-    "cpc_v2": _ADAM | {"lr": 1e-4, "schedule": "constant", "backbone": "patches18", "dim": 64, "hidden": 256},
+    "cpc_v2": _ADAM | {"lr": 1e-4, "schedule": "constant", "backbone": "patches18", "batch": 64, "dim": 64,
+                     "hidden": 256},
 }
 GREY = ("mnist", "fashion_mnist", "digits")
 PROBES = ("linear", "logistic", "knn")
@@ -271,19 +272,24 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
     dataset = (datasets or [d for d in ("cifar10", *s.datasets) if d in s.datasets])[0]
     length = {"paper": {}, "smoke": {"epochs": 1, "pool": 128}, "quick": {"epochs": 3}}.get(scale, {"epochs": 4})
     for seed in seeds or (s.seeds if scale == "paper" else s.seeds[:2]):
-        own = {m: run(m, dataset, scale, seed, **({} if m == "untrained" else length), **({"labels": s.labels[0]}
-               if m == "supervised" else {}), **({"queue": 64} if scale == "smoke" and "queue" in methods.METHODS[m].reads
-               else {})) for m in methods.METHODS if m != "composed"}  # fmt: skip
+        own: dict[str, RunConfig] = {}
+        for m in (m for m in methods.METHODS if m != "composed"):
+            more = {} if m == "untrained" else dict(length)
+            if m == "supervised":
+                more["labels"] = s.labels[0]
+            if scale == "smoke" and "queue" in methods.METHODS[m].reads:
+                more["queue"] = 64  # at most half of the pool
+            own[m] = run(m, dataset, scale, seed, **more)
         made = {m: own[m].replace(method="composed", **five) for m, five in MADE.items()}
-        found += [own["untrained"].replace(**{k: getattr(own[m], k) for k in ("backbone", "stem", "width")})
-                  for m in VARIED]  # fmt: skip
-        found += [*own.values(), *(own[m].replace(**c) for m, changes in VARIED.items()
-                                   for c in changes[:: 3 if scale == "smoke" else 1]
-                                   if scale != "laptop" or "augment" not in c)]  # fmt: skip
+        found += own.values()
+        for m, changes in VARIED.items():
+            found.append(own["untrained"].replace(**{k: getattr(own[m], k) for k in ("backbone", "stem", "width")}))
+            found += [own[m].replace(**c) for c in changes[:: 3 if scale == "smoke" else 1]
+                      if scale != "laptop" or "augment" not in c]  # fmt: skip
         if scale != "laptop":
             found += [*made.values(), made["yadim"].replace(compare="cosine"), made["yadim"].replace(loss="info_nce")]
     return found, [EvalConfig(run=r, kind=kind, labels=s.labels[0], **({"k": s.neighbours[0]} if kind == "knn" else {}))
-                   for r in found for kind in ("logistic", "knn")]
+                   for r in found for kind in ("logistic", "knn")[: 1 if methods.varied(r) else 2]]
 
 
 FIGURES: dict[str, Callable[..., Needs]] = {f.__name__: f for f in (

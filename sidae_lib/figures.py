@@ -307,13 +307,14 @@ def neighbours(record: dict[str, Any], images: data.Images) -> Figure:
 def five_axes(table: pd.DataFrame) -> Figure:
     """AMDIM, CPC and YADIM from `summary`, a row per method and axis: every choice with its accuracy, the method's own
     filled, under them the spread, which the paper's claim is about; a tick for the untrained network of the own encoder."""
+    table = table.fillna({"varied": ""})
     rows = [(m, axis, part) for m in ("yadim", "amdim", "cpc_v2") for axis, part in published.choices(table, m)]
     with _figure(7.2, 0.5 * len(rows) + 0.9) as fig:
-        ax, bare = fig.subplots(), _untrained(table, "mean")
+        ax, bare = fig.subplots(), _untrained(table)
         for y, (m, axis, part) in enumerate(rows):
             own = methods.METHODS[m].own
             ax.plot(part["mean"].agg(["min", "max"]), (y, y), color=COLOURS[m], lw=6, alpha=0.15, solid_capstyle="butt")
-            ax.plot(bare[m], y, "|", ms=16, color=COLOURS["untrained"], label="untrained" if y == 0 else None)
+            ax.plot(bare[m], y, "|", ms=16, color=COLOURS["untrained"], label="Untrained encoder" if y == 0 else None)
             for k, p in enumerate(part.sort_values("mean").itertuples()):
                 ax.errorbar(p.mean, y, xerr=p.se, color=COLOURS[m], marker=MARKERS[m], ms=5, mfc=None if p.own else "white")
                 name = own[axis] if p.own else p.choice if len(p.choice) < 18 else "as bolts counts"
@@ -327,10 +328,10 @@ def five_axes(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def _untrained(table: pd.DataFrame, value: str) -> dict[str, float]:
-    """Method -> `value` of the untrained network that it starts from."""
-    rows = table[table["method"] == "untrained"].set_index("varied")[value]
-    return {m: rows.get(f"encode: {cls.own['encode']}" if "extract" in cls.own else "") for m, cls in methods.METHODS.items()}
+def _untrained(table: pd.DataFrame) -> dict[str, float]:
+    """Method -> mean accuracy of the untrained network that it starts from."""
+    rows = table[table["method"] == "untrained"].set_index("varied")["mean"]
+    return {m: rows.get(f"encode: {c.own['encode']}" if "extract" in c.own else "", np.nan) for m, c in methods.METHODS.items()}
 
 
 def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, float]]) -> pd.DataFrame:
@@ -339,7 +340,7 @@ def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, f
 
     records: of runs and of evaluations; costs: by method."""
     table = summary(evaluations([r for r in records if "kind" in r]))
-    bare = _untrained(table[table["kind"] == "logistic"], "mean")
+    bare = _untrained(table[table["kind"] == "logistic"])
     table = table[(table["varied"] == "") & ~table["method"].isin(["composed", "untrained"])]
     wide = table.pivot_table(index=["method", "n", "hardware", "display"], columns="kind", values="mean", sort=False)
     trained = [r for r in records if r.get("epochs") and not methods.varied(RunConfig.from_dict(r["config"]))]
@@ -359,8 +360,7 @@ def accuracy_vs_cost(table: pd.DataFrame) -> Figure:
             ax.plot(r.seconds, r.logistic, MARKERS.get(r.method, "o"), ls="", color=COLOURS[r.method], label=NAMES[r.method])
         ax.set(xscale="log", xlabel="seconds of training per 1,000 images", ylabel=f"test accuracy (%), {PROBES['logistic']}",
                title=f"Equal images seen, {table['display'].iloc[0]}")
-        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-            axis("{x:g}")
+        ax.xaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         handles = {h.get_label(): h for h in ax.get_legend_handles_labels()[0]}
         fig.legend(handles=handles.values(), loc="outside right center", fontsize=7)
     return fig

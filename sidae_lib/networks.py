@@ -87,23 +87,20 @@ class AMDIMUnit(nn.Module):
 
 class AMDIMEncoder(nn.Module):
     """AMDIM's encoder for 32 pixels (arXiv:1906.00910 and its code): no padding and, but for the end, no BatchNorm, so
-    that a place of a map sees its own pixels alone. (B, C, 32, 32) -> (B, 8 width); maps of 1x1, 5x5 and 7x7.
-
-    depth: units a block, all but the first 1x1, which leaves the receptive field as it is. The code's own sizes are
-    width 128 with 8 width = 1,024 outputs and depth 3; its CIFAR-10 run had 320, 1,280 and 10.
-    """
+    that a place of a map sees its own pixels alone. (B, C, 32, 32) -> (B, 8 width). depth: units a block, all but the
+    first 1x1. The code's own sizes: width 128, 1,024 outputs, depth 3; on CIFAR-10 it ran 320, 1,280 and 10."""
 
     def __init__(self, *, width: int = 128, channels: int = 3, depth: int = 3) -> None:
         super().__init__()
         w = width
 
-        def block(c_in: int, c_out: int, kernel: int, stride: int) -> list[nn.Module]:
+        def block(c_in: int, c_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
             return [AMDIMUnit(c_in, c_out, kernel, stride), *(AMDIMUnit(c_out, c_out) for _ in range(depth - 1))]
 
         self.to7 = nn.Sequential(nn.Conv2d(channels, w, 3), nn.ReLU(inplace=True), AMDIMUnit(w, w),  # 30
                                  *block(w, 2 * w, 4, 2), *block(2 * w, 4 * w, 2, 2))  # 14, 7  # fmt: skip
-        self.to5 = nn.Sequential(*block(4 * w, 4 * w, 3, 1))
-        self.to1 = nn.Sequential(*block(4 * w, 4 * w, 3, 1), AMDIMUnit(4 * w, 8 * w, 3), nn.BatchNorm2d(8 * w))  # 3, 1
+        self.to5 = nn.Sequential(*block(4 * w, 4 * w, 3))
+        self.to1 = nn.Sequential(*block(4 * w, 4 * w, 3), AMDIMUnit(4 * w, 8 * w, 3), nn.BatchNorm2d(8 * w))  # 3, 1
         self.out_features, self.widths = 8 * w, (8 * w, 4 * w, 4 * w)
 
     def maps(self, x: Tensor) -> list[Tensor]:
@@ -117,8 +114,8 @@ class AMDIMEncoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """AMDIM's embedding of a map's places, so that maps of different widths can be compared: 1x1 convolutions whose
-    second starts at 0, beside one that starts near the identity, then BatchNorm. (B, c_in, s, s) -> (B, c_out, s, s)."""
+    """AMDIM's way to compare maps of different widths, (B, c_in, s, s) -> (B, c_out, s, s): two 1x1 convolutions, the second
+    0 at first, beside one that is near the identity at first, then BatchNorm."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -134,10 +131,8 @@ class Embedding(nn.Module):
 
 
 class Patches(nn.Module):
-    """CPC v2's way to see (arXiv:1905.09272): overlapping patches of 8 x 8 pixels, 4 apart, each through `net` alone.
-
-    (B, C, S, S) -> (B, net.out_features), the mean over the grid of G x G vectors, G = S / 4 - 1; its one map is the grid.
-    """
+    """CPC v2's eyes (arXiv:1905.09272): overlapping patches of 8 x 8 pixels, 4 apart, each through `net` alone. Its one map
+    is their grid, G x G with G = S / 4 - 1. (B, C, S, S) -> (B, net.out_features), the mean over the grid."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -154,10 +149,8 @@ class Patches(nn.Module):
 
 
 class Context(nn.Module):
-    """CPC v2's masked context network: residual blocks in which a row sees itself and the rows above, never below.
-
-    (B, c, G, G) -> (B, c, G, G). The row above the first one is all ones.
-    """
+    """CPC v2's masked context network, (B, c, G, G) -> (B, c, G, G): residual blocks in which a row sees itself and the row
+    above, never one below; above the first lie ones."""
 
     def __init__(self, c: int, hidden: int, blocks: int = 5) -> None:
         super().__init__()

@@ -304,7 +304,7 @@ def choices(frame: pd.DataFrame, method: str) -> Iterator[tuple[str, pd.DataFram
     """(axis, rows) of a method: its own choice (`own`), and the choices that depart from it on this axis alone."""
     rows = frame[frame["method"].isin([method, *["composed"] * (method == "yadim")]) & ~frame["varied"].str.contains(";")]
     rows = rows[(rows["method"] == method) | (rows["varied"] != "")]
-    axes, _, names = (rows["varied"].str.partition(": ")[k] for k in range(3))
+    axes, names = (rows["varied"].str.split(": ").str[k].fillna("") for k in (0, 1))
     for axis in dict.fromkeys(axes[axes != ""]):
         yield axis, rows.assign(choice=names, own=axes == "")[axes.isin([axis, ""])]
 

@@ -116,28 +116,26 @@ class Composed(Method):
     def contrast(self, anchors: Tensor, candidates: Tensor, B: int, same: bool = False) -> Tensor:
         """(2,): the loss, and the mean squared score. anchors (N, D), candidates (M, D), row n and column m of the images
         n % B and m % B; same: they are the same vectors, and none is compared with itself."""
+        m = torch.arange(len(candidates), device=anchors.device)
+
         def score(rows: Tensor, first: int) -> Tensor:
-            n, m = torch.arange(first, first + len(rows), device=rows.device)[:, None], torch.arange(M, device=rows.device)
-            itself = n == m if same else None
-            positives = (n % B == m % B) & (n != m) if same else n % B == m % B
+            n = torch.arange(first, first + len(rows), device=m.device)[:, None]
+            itself = n == m if same else torch.zeros_like(n == m)
             with torch.autocast(rows.device.type, enabled=False):
                 if self.compare == "cosine":
                     s = losses.cosine(rows, candidates) / self.config.tau
                     square = s.new_zeros(())
                 else:
                     s = losses.dot(rows.float(), candidates.float(), rows.shape[1] ** -0.5)
-                    square = s.square().mean()
-                    s = losses.soft_clip(s, self.config.clip)
-                return torch.stack([getattr(losses, self.criterion)(s, positives, itself), square])
+                    square, s = s.square().mean(), losses.soft_clip(s, self.config.clip)
+                return torch.stack([getattr(losses, self.criterion)(s, (n % B == m % B) & ~itself, itself), square])
 
-        M = len(candidates)
-        return by_blocks(score, anchors, M)
+        return by_blocks(score, anchors, len(candidates))
 
 
 class AMDIM(Composed):
     """AMDIM (arXiv:1906.00910): the map of 1x1 finds the places of the maps of 5x5 and 7x7 in the other view, a place of
-    5x5 those of 5x5. Sizes and clip as in its code; on another backbone the last three maps stand in for 1x1, 5x5 and 7x7.
-    """
+    5x5 those of 5x5; on another backbone its last three maps stand in for these."""
 
     axes = Axes(augment="amdim", encode="AMDIM's encoder + embeddings", extract=EXTRACTS["amdim"],
                 compare="dot + soft_clip", loss="nce; places of other images as negatives")  # fmt: skip
@@ -146,9 +144,8 @@ class AMDIM(Composed):
 
 
 class YADIM(AMDIM):
-    """YADIM-like (arXiv:2009.00104, whose body and code could not be had): what the paper's abstract and the authors'
-    library make likely, an encoder-agnostic DIM. Every view has its own flip, the backbone is any that has maps, and by
-    default places of the last map find places of the last map, with nothing learned between."""
+    """YADIM-like (arXiv:2009.00104, whose body and code could not be had): an encoder-agnostic DIM, as abstract and library
+    make likely. Own flips, any backbone that has maps; places of the last map find places of the last map."""
 
     axes = Axes(augment="yadim", encode="any backbone with maps + BatchNorm of each map", extract=EXTRACTS["yadim"],
                 compare="dot + soft_clip", loss="nce; places of other images as negatives")  # fmt: skip
@@ -189,7 +186,7 @@ class CPC(Method):
         grid, = self.backbone.maps(views[0])  # (B, F, G, G)
         context, targets = self.context(grid), self.target(grid).permute(0, 2, 3, 1)  # (B, G, G, D)
         number = torch.arange(targets[..., 0].numel(), device=grid.device).view(targets.shape[:3])
-        targets, value = targets.flatten(0, 2), 0
+        z, targets, value = targets.detach().mean((1, 2)), targets.flatten(0, 2), 0
         for row, times in self.rows.items():
             r = int(row)
             predicted = self.predict[row](context[:, :, :-r]).permute(0, 2, 3, 1).flatten(0, 2)  # (B (G - r) G, D)
@@ -200,4 +197,4 @@ class CPC(Method):
                     return F.cross_entropy(losses.dot(p.float(), targets.float(), 0.1), right[first : first + len(p)])
 
             value = value + times * by_blocks(score, predicted, len(targets))
-        return {"loss": value, "z": grid.mean((2, 3)).detach()}
+        return {"loss": value, "z": z - z.mean(0)}  # what all targets share moves every score of a row alike
