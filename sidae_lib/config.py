@@ -27,12 +27,19 @@ METHOD_RECIPES: dict[str, int] = {}
 AUGMENT_RECIPES: dict[str, int] = {}
 
 
+def digest(value: Any) -> str:
+    """sha256, 64 hex digits, of the canonical JSON of a value. Raises ValueError when it holds NaN or infinity."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class _Config:
     """Strict construction, canonical JSON and the key, shared by the configs below."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            self._require(type(value) is not int or abs(value) < 2**63, f"{name} must lie below 2^63.")
             if kind is float and type(value) in (int, float):
                 self._require(abs(value) < 1e300, f"{name} must be a finite number, not {value}.")
                 object.__setattr__(self, name, value := value + 0.0)  # 1 and 1.0 are one run, 0.0 and -0.0 too
@@ -54,8 +61,7 @@ class _Config:
 
     def key(self) -> str:
         """16 hex digits that name this config."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.to_dict())[:16]
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]):
