@@ -39,7 +39,8 @@ class _Config:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            self._require(type(value) is not int or abs(value) < 2**63, f"{name} must lie below 2^63.")
+            if kind is int and type(value) is int:
+                self._require(abs(value) < 2**63, f"{name} must lie below 2^63.")
             if kind is float and type(value) in (int, float):
                 self._require(abs(value) < 1e300, f"{name} must be a finite number, not {value}.")
                 object.__setattr__(self, name, value := value + 0.0)  # 1 and 1.0 are one run, 0.0 and -0.0 too
