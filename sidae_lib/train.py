@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import warnings
@@ -232,7 +233,13 @@ class Run:
         (i, j), (p1, p2) = drawn[0][a:b].unbind(1), ({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
-        out, moments = self.compiled(xi, self.images[j] if self.paired else xi, p1, p2, batch)
+        given = xi, self.images[j] if self.paired else xi, p1, p2, batch
+        try:
+            out, moments = self.compiled(*given)
+        except torch._dynamo.exc.BackendCompilerFailed as e:  # a compiler that was killed left half a file in its cache
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+            warnings.warn(f"Compiled code could not be loaded ({e.inner_exception}); it is compiled anew.", stacklevel=2)
+            out, moments = self.compiled(*given)
         self.optimizer.zero_grad()
         out["loss"].backward()
         lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule)
