@@ -114,7 +114,7 @@ def _connect(client: "Client | str") -> "Client":
             return "none"
 
     try:
-        client = Client(client, timeout=20, set_as_default=False) if isinstance(client, str) else client
+        client = Client(client, set_as_default=False) if isinstance(client, str) else client
     except (OSError, ValueError) as e:
         raise SidaeError(f"No scheduler answers at {client}; start one with `dask scheduler`, or use --jobs.") from e
     wrong = {a: v for a, v in client.run(version).items() if v != __version__}
@@ -145,7 +145,7 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
                 data.sources(), key=("sidae", name), resources={"GPU": 1} if gpus and device != "cpu" else None)
         log(f"{len(jobs)} runs on {len(client.nthreads())} workers at {client.scheduler.address}")
         of = {f.key: job for f, job in zip(futures.values(), jobs)}
-        for future in as_completed(futures.values()):
+        for future in as_completed(futures.values(), loop=client.loop):
             if future.status == "cancelled":
                 raise ConnectionError
             error = future.exception()

@@ -8,7 +8,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 import warnings
@@ -221,6 +220,16 @@ class Run:
         zn = F.normalize(out.pop("z").float(), dim=1)
         return out, {"z": zn.sum(0), "zz": zn.square().sum(0)}
 
+    def _loaded(self, *given: Any) -> tuple[dict, dict]:
+        """The compiled forward pass; a cached file that a killed compiler left broken is removed and compiled again."""
+        while True:
+            try:
+                return self.compiled(*given)
+            except torch._dynamo.exc.BackendCompilerFailed as e:
+                if not (broken := getattr(e.inner_exception, "path", None)) or not Path(broken).exists():
+                    raise
+                Path(broken).unlink()
+
     def draw(self, epoch: int) -> tuple[Tensor, Params, Params]:
         """The epoch's order of pairs and the parameters of both views: a function of (seed, epoch) on every device."""
         generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
@@ -233,13 +242,7 @@ class Run:
         (i, j), (p1, p2) = drawn[0][a:b].unbind(1), ({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
-        given = xi, self.images[j] if self.paired else xi, p1, p2, batch
-        try:
-            out, moments = self.compiled(*given)
-        except torch._dynamo.exc.BackendCompilerFailed as e:  # a compiler that was killed left half a file in its cache
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
-            warnings.warn(f"Compiled code could not be loaded ({e.inner_exception}); it is compiled anew.", stacklevel=2)
-            out, moments = self.compiled(*given)
+        out, moments = self._loaded(xi, self.images[j] if self.paired else xi, p1, p2, batch)
         self.optimizer.zero_grad()
         out["loss"].backward()
         lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule)

@@ -18,6 +18,7 @@ import torch
 from sidae_lib import __version__, experiments, paths, runs, train
 from sidae_lib.config import EvalConfig, SidaeError
 
+dask = pytest.importorskip("dask", reason="no cluster extra")
 grid = pytest.importorskip("sidae_lib.grid", reason="no cluster extra", exc_type=SidaeError)
 slow = pytest.mark.slow
 
@@ -107,12 +108,14 @@ def test_time_is_up_on_a_grid(two):
 
 
 def test_no_scheduler_is_one_sentence(store):
-    with pytest.raises(SidaeError, match="No scheduler answers at tcp://127.0.0.1:9; start one"):
+    with (dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+          pytest.raises(SidaeError, match="No scheduler answers at tcp://127.0.0.1:9; start one")):
         runs.fetch_all([run(0)], client="tcp://127.0.0.1:9", log=lambda _: None)
     with pytest.raises(SidaeError, match="at least one job"), grid.local(0):
         pass
 
 
+@slow
 def test_without_the_extra_the_rest_works():
     code = ("import sys; sys.modules.update(dict.fromkeys(['distributed', 'dask']))\n"
             "from sidae_lib import __main__\n"
@@ -121,7 +124,7 @@ def test_without_the_extra_the_rest_works():
     assert done.returncode == 2 and 'pip install "sidae-lib[cluster]"' in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_dependencies_come_first(monkeypatch):
+def test_dependencies_come_first(store, monkeypatch):
     """A run's own dependencies and an evaluation's; the backbones that are needed of each."""
     encoder, second, third = run(0, epochs=4), run(1), run(2)
     monkeypatch.setattr(runs, "dependencies", lambda c: [c.run] if isinstance(c, EvalConfig) else
