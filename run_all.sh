@@ -22,6 +22,8 @@ Options of the first form:
   --device auto|cpu|cuda   where to train (default: auto)
   --seeds N                seeds 0 to N-1 instead of the scale's own
   --minutes N              stop at a checkpoint after N minutes in all; the next call goes on from there
+  --jobs N                 train in N processes of this machine, one per GPU or sharing the cores
+  --scheduler ADDRESS      train on the workers of this Dask scheduler (README: "One machine, several, Slurm")
   --download               allow data sets to be downloaded
   --fresh                  compute everything again in an empty store under runs/, and note the time; deletes nothing
   --cell-seconds N         a notebook fails when one of its cells takes longer (default: smoke 300, quick 1800)
@@ -101,7 +103,7 @@ run_notebooks() {
     while [ $# -gt 0 ]; do
         case $1 in
             smoke | quick | laptop | paper) args+=(--scale "$1") ;;
-            --only | --data | --device | --seeds | --minutes | --cell-seconds)
+            --only | --data | --device | --seeds | --minutes | --cell-seconds | --jobs | --scheduler)
                 [ $# -ge 2 ] || fail 2 "$1 needs a value; see ./run_all.sh --help."
                 args+=("$1" "$2") && shift
                 ;;

@@ -126,7 +126,7 @@ def fill_store(folder: str, n: int) -> None:
     base, born = experiments.run("sidae", "digits", "smoke"), train.provenance(torch.device("cpu"))
     for k in range(n):
         c = EvalConfig(run=base.replace(seed=k // 10), label_seed=k % 10)
-        runs._keep(c, {"config": c.to_dict(), "key": c.key(), "run_key": c.run.key(), "epoch": c.epoch, "kind": c.kind,
+        runs.keep(c, {"config": c.to_dict(), "key": c.key(), "run_key": c.run.key(), "epoch": c.epoch, "kind": c.kind,
                        "data": {"name": "digits", "display": "digits"}, "accuracy": 90.0, "per_class": [90.0] * 10,
                        "confusion": [[100] * 10] * 10, "classes": list("0123456789"), "n_train": 1437, "n_test": 360,
                        "seconds": 1.0, "provenance": born})  # fmt: skip

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +17,36 @@ def _run(args: argparse.Namespace) -> None:
     build = experiments.figure(args.figure)
     seeds = tuple(range(args.seeds)) if args.seeds else ()
     configs, evals = build(args.scale, datasets=args.datasets or (), seeds=seeds)
-    runs.fetch_all([*configs, *evals], device=args.device, minutes=args.minutes)
+    if args.plan:
+        return _plan([*configs, *evals], args.plan, args.rate)
+    with _cluster(args) as client:
+        runs.fetch_all([*configs, *evals], device=args.device, minutes=args.minutes, client=client)
     print(f"{args.figure} at scale {args.scale}: {len(configs)} runs and {len(evals)} evaluations are recorded.")
     if evals:
         print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in evals]))).to_string())
+
+
+def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:
+    """The scheduler's address that --jobs or --scheduler ask for, or None."""
+    if not args.jobs:
+        return nullcontext(args.scheduler)
+    from . import grid  # needs the cluster extra
+
+    return grid.local(args.jobs, args.device)
+
+
+def _plan(configs: list[runs.Config], hours: float, rate: float | None) -> None:
+    """Says what would be computed, how long that takes and how many machines are needed, and computes nothing."""
+    left = runs.missing(configs)
+    each = runs.seconds_each(left, rate)
+    training = sum(isinstance(c, RunConfig) for c in left)
+    print(f"{training} runs and {len(left) - training} evaluations to compute, {len(configs) - len(left)} recorded.")
+    if each is None:
+        print("No such run is recorded, so its time is unknown; --rate N says how many images a machine trains per second.")
+        return
+    total = sum(each.values()) / 3600
+    print(f"About {total:,.1f} hours on one machine, the longest run {max(each.values(), default=0) / 3600:.2f}; "
+          f"{runs.machines(list(each.values()), 3600 * hours)} machines finish within {hours:g} hours.")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -88,6 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
     run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
+    run.add_argument("--jobs", type=int, metavar="N", help="N processes of this machine, one per GPU or sharing the cores")
+    run.add_argument("--scheduler", metavar="ADDRESS", help="workers of this Dask scheduler, tcp://... or tls://...")
+    run.add_argument("--plan", type=float, metavar="HOURS", help="only say what is missing, its time, the machines it takes")
+    run.add_argument("--rate", type=float, metavar="N", help="with --plan: images per second where no such run is recorded")
     run.set_defaults(call=_run)
     show = commands.add_parser("list", help="figures, what is recorded and what is missing")
     show.add_argument("--scale")
@@ -97,7 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.data:
         os.environ["SIDAE_DATA"] = str(Path(args.data).resolve())
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # while nothing trains there is nothing to save
         args.call(args)
+    except KeyboardInterrupt:
+        print("Stopped; what was recorded is kept, and the same call goes on from there.")
+        return 130
     except train.Stopped as e:
         print(e)
         return 0 if getattr(args, "minutes", None) is not None and "Time is up" in str(e) else 130

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,13 +41,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 instead of the scale's own")
     parser.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes in all")
+    parser.add_argument("--jobs", type=int, metavar="N", help="train in N processes of this machine")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="train on the workers of this Dask scheduler")
     parser.add_argument("--download", action="store_true", help="allow data sets to be downloaded")
     parser.add_argument("--fresh", action="store_true", help="ignore what is recorded; deletes nothing")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="any other parameter of a notebook")
     parser.add_argument("--cell-seconds", type=float, metavar="N", help="a notebook whose cell takes longer fails")
     args = parser.parse_args(argv)
-    for name in ("seeds", "minutes", "cell_seconds"):
+    for name in ("seeds", "minutes", "cell_seconds", "jobs"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise SidaeError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name):g}.")
     if args.data is not None and not Path(args.data).is_dir():
@@ -113,6 +115,8 @@ def _environment(args: argparse.Namespace) -> None:
         os.environ["SIDAE_DATA"] = args.data
     if args.download:
         os.environ["SIDAE_DOWNLOAD"] = "1"
+    if args.scheduler:
+        os.environ["SIDAE_SCHEDULER"] = args.scheduler
     if args.fresh:
         store = paths.runs() / time.strftime("fresh-%Y%m%d-%H%M%S")
         os.environ["SIDAE_RUNS"] = str(_writable(store))
@@ -165,7 +169,12 @@ def main(argv: list[str] | None = None) -> int:
     _writable(paths.figures(args.scale))
     _environment(args)
     start, failed, clock = time.monotonic(), [], []
-    with tempfile.TemporaryDirectory() as jupyter:  # a "python3" of the user's may be another interpreter
+    with ExitStack() as stack:
+        jupyter = stack.enter_context(tempfile.TemporaryDirectory())  # a "python3" of the user's may be another interpreter
+        if args.jobs:
+            from . import grid  # needs the cluster extra
+
+            os.environ["SIDAE_SCHEDULER"] = stack.enter_context(grid.local(args.jobs, args.device))
         write_kernel_spec(Path(jupyter) / "kernels" / "python3")
         os.environ["JUPYTER_PATH"] = jupyter
         for nb in notebooks:

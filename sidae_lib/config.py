@@ -29,12 +29,20 @@ AUGMENT_RECIPES: dict[str, int] = {}
 EXTRACTS = {"amdim": "01,02,11", "yadim": "00", "cpc_v2": "2,3,4,5,6"}
 
 
+def digest(value: Any) -> str:
+    """sha256, 64 hex digits, of the canonical JSON of a value. Raises ValueError when it holds NaN or infinity."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class _Config:
     """Strict construction, canonical JSON and the key, shared by the configs below."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if kind is int and type(value) is int:
+                self._require(abs(value) < 2**63, f"{name} must lie below 2^63.")
             if kind is float and type(value) in (int, float):
                 self._require(abs(value) < 1e300, f"{name} must be a finite number, not {value}.")
                 object.__setattr__(self, name, value := value + 0.0)  # 1 and 1.0 are one run, 0.0 and -0.0 too
@@ -56,8 +64,7 @@ class _Config:
 
     def key(self) -> str:
         """16 hex digits that name this config."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.to_dict())[:16]
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]):

@@ -8,8 +8,10 @@ Nothing is unpickled but CIFAR-10's own batches, by torchvision, after it has ch
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -294,6 +296,11 @@ def _read_torchvision(source: _Source) -> Iterator[_Raw]:
 def _read_npz(source: _Source) -> Iterator[_Raw]:
     with (_reading(f"{source.path} could not be read", "it must be a whole npz file of plain arrays, none of objects"),
           np.load(source.path, allow_pickle=False) as z):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if bombs := [f"{i.filename} ({i.file_size:,} bytes)" for i in z.zip.infolist() if i.file_size > memory / 2]:
+            raise SidaeError(f"{source.path} holds {bombs[0]}, more than half of this machine's memory; make it smaller.")
+        if outside := [n for n in z.zip.namelist() if n.startswith(("/", "\\")) or ".." in n]:
+            raise SidaeError(f"{source.path} has a member that points outside ({outside[0]}); take it only from who made it.")
         classes = tuple(np.asarray(z.get("classes", [])).astype(str).ravel().tolist())
         for split in SPLITS:
             key = "val" if split == "test" and "test_images" not in z else split
@@ -462,6 +469,9 @@ def _store(images: Images, folder: Path) -> None:
     meta = {k: getattr(images, k) for k in ("fingerprint", "classes", "mean", "std")}
     with suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob("tmp-*"):  # of a process that was killed: writing one takes seconds, not an hour
+            if time.time() - old.stat().st_mtime > 3600:
+                shutil.rmtree(old)
         with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder.parent) as tmp:
             new = Path(tmp) / "set"
             new.mkdir()

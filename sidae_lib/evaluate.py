@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import augment, networks
 from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
-from .train import batches, lr_at, provenance
+from .train import batches, lr_at, provenance, seeded
 
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne")
 
@@ -61,8 +61,7 @@ def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callabl
          backbone: Iterable[nn.Parameter] = ()) -> nn.Linear:  # fmt: skip
     """The paper's downstream training, Sec. 4.1: SGD on the cross-entropy of one fully connected layer on what `embed`
     makes of (indices into y, their augmentation parameters); those of `backbone` that want a gradient move too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         fc = nn.Linear(width, classes).to(y.device)
     groups = [{"params": list(p), "lr": lr, "base": lr}
               for p, lr in ((fc.parameters(), config.lr), (backbone, config.backbone_lr))]  # fmt: skip
@@ -162,11 +161,12 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     def embed(pixels: Tensor) -> Tensor:
         """Features, computed once for all the probes of a checkpoint: they are named by what they are made of."""
         key = (str(weights), weights.stat().st_mtime_ns, hashlib.sha256(pixels.numpy()).digest(), str(stats), device)
-        if key not in _recent:
-            while len(_recent) >= 4:  # the test images, and the training images of a few shares of the labels
-                del _recent[next(iter(_recent))]
-            _recent[key] = features(net, pixels, stats=stats, device=device)
-        return _recent[key]
+        out = _recent.get(key)
+        if out is None:
+            for old in list(_recent)[:-3]:  # the test images, and the training images of a few shares of the labels, stay
+                _recent.pop(old, None)
+            out = _recent[key] = features(net, pixels, stats=stats, device=device)
+        return out
 
     if config.kind == "classifier":
         if net.classifier is None or config.data:

@@ -266,16 +266,17 @@ def load(path: str | Path) -> nn.Module:
             meta = json.loads((f.metadata() or {})["sidae"])
             weights = {k: f.get_tensor(k) for k in f.keys()}
         config = RunConfig.from_dict(meta["config"])
-        net = backbone(config)
+        with torch.device("meta"):  # so that memory is bounded by the file, whatever width it claims
+            net = backbone(config)
         fc = [weights.pop(k) for k in ("fc.weight", "fc.bias") if k in weights]
-        net.load_state_dict(weights)
+        net.load_state_dict(weights, assign=True)
         net.config, net.mean, net.std = config, meta["mean"], meta["std"]
     except FileNotFoundError:
         raise SidaeError(f"There is no file {path}; a backbone is named backbone-eNNN.safetensors.") from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as e:
         raise SidaeError(f"{path} is not a backbone of this project ({type(e).__name__}); nothing was loaded.") from e
     net.classifier = tuple(fc) or None
-    return net.eval()
+    return net.float().eval()
 
 
 @torch.no_grad()

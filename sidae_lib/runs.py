@@ -2,20 +2,24 @@
 
 import fcntl
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import data, evaluate, methods, paths, train
-from .config import EvalConfig, RunConfig, SidaeError
+from .config import EvalConfig, RunConfig, SidaeError, digest
 
 Config = RunConfig | EvalConfig
 Record = dict[str, Any]
+RECORD_BYTES = 2**24  # of one record file: a run of 200 epochs takes 60 thousand
 
 
 def _name(config: Config) -> str:
@@ -33,18 +37,30 @@ def folder(config: Config) -> Path:
 
 def backbone(run: RunConfig, epoch: int | None = None) -> Path:
     """The weights of a run's backbone at an epoch (default: the last)."""
-    return folder(run) / f"backbone-e{run.epochs if epoch is None else epoch:03d}.safetensors"
+    return folder(run) / train.backbone_name(run.epochs if epoch is None else epoch)
+
+
+def _integer(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError("a number of more than 18 digits")
+    return int(text)
 
 
 def read(path: Path) -> Record:
-    """One record file. Raises SidaeError when it is not JSON, or not a record of the key it is filed under."""
+    """One record file. Raises train.Damaged when it is not JSON of finite numbers, not a record of the key it is filed
+    under, not of the config that has this key, or not what was written (records since 0.1 hold a checksum)."""
     try:
-        record = json.loads(path.read_text(), parse_constant=lambda c: (_ for _ in ()).throw(ValueError(c)))
-        named = path.name.removeprefix("eval-").removesuffix(".json") if path.name != "record.json" else path.parent.name
-        if record["key"] != named or not isinstance(record["config"], dict):
+        if path.stat().st_size > RECORD_BYTES:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise SidaeError(f"The record {path} is damaged; move it away and it is computed again.") from e
+        record = json.loads(path.read_text(), parse_int=_integer)
+        named = path.name.removeprefix("eval-").removesuffix(".json") if path.name != "record.json" else path.parent.name
+        if record["key"] != named or digest(record["config"])[:16] != named:
+            raise ValueError
+        check = digest({k: v for k, v in record.items() if k != "check"})  # raises for NaN and infinity too
+        if record.get("check", check) != check:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise train.Damaged(f"The record {path} is damaged; move it away and it is computed again.", path) from e
     return record
 
 
@@ -68,21 +84,57 @@ def every(kind: str = "*", roots: Sequence[Path] = ()) -> Iterator[Record]:
 
 
 @contextmanager
-def _locked(path: Path):
-    """One process at a time; the kernel frees the lock when its owner dies."""
+def _locked(config: Config):
+    """One process at a time works on a run; the kernel frees the lock when its owner dies."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        f = open(path, "w")
+        folder(config).mkdir(parents=True, exist_ok=True)
+        f = open(folder(config) / "lock", "w")
     except OSError as e:
-        raise SidaeError(f"The store {path.parent} cannot be written ({e.strerror}); set SIDAE_RUNS to one that can.") from e
+        raise SidaeError(f"The store {paths.runs()} cannot be written ({e.strerror}); set SIDAE_RUNS to one that can.") from e
     with f:
         fcntl.flock(f, fcntl.LOCK_EX)
+        for dead in folder(config).glob(".*.tmp"):  # only the lock's owner writes here: its owner was killed
+            dead.unlink(missing_ok=True)
         yield
 
 
-def _keep(config: Config, record: Record) -> Record:
+def keep(config: Config, record: Record) -> Record:
+    """Files a record, with its checksum; the caller holds the lock."""
+    record = {k: v for k, v in record.items() if k != "check"}
+    record["check"] = digest(record)
     train.write(folder(config) / _name(config), json.dumps(record, allow_nan=False, indent=1).encode())
     return record
+
+
+def set_aside(damaged: train.Damaged, log: Callable) -> None:
+    """Renames a damaged or foreign file of the local store, so that nothing reads it; nothing is deleted."""
+    path = damaged.path
+    if not path.is_relative_to(paths.runs()):
+        raise damaged
+    to = next(p for n in count(1) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
+    try:
+        path.rename(to)
+    except FileNotFoundError:  # another process was faster
+        return
+    except OSError:
+        raise damaged from None
+    log(f"{damaged} It lies aside as {to.name} now.")
+
+
+def found(config: Config, log: Callable) -> Record | None:
+    """As `find`, after a damaged record of the local store was set aside."""
+    while True:
+        try:
+            return find(config)
+        except train.Damaged as e:
+            set_aside(e, log)
+
+
+def _sound(path: Path, record: Record, log: Callable) -> bool:
+    """Whether weights are there and are those that the record names; others are set aside."""
+    if path.exists() and "files" in record and train.sha256(path.read_bytes()) != record["files"].get(path.name):
+        set_aside(train.Damaged(f"The weights {path} are not those of their record; they are trained again.", path), log)
+    return path.exists()
 
 
 def _load(fingerprint: str, run: RunConfig) -> data.Images:
@@ -90,30 +142,32 @@ def _load(fingerprint: str, run: RunConfig) -> data.Images:
 
 
 def fetch_run(run: RunConfig, epochs: set[int], device: torch.device, deadline: float | None, log: Callable) -> Record:
-    """The record of a run whose backbones at `epochs` are there, trained if need be."""
-    def whole() -> Record | None:
-        return find(run) if all(backbone(run, e).exists() for e in epochs) else None
-
-    if record := whole():
+    """The record of a run whose backbones at `epochs` are there and whole, trained if need be."""
+    checkpoint = folder(run) / "checkpoint.safetensors"
+    with _locked(run):
+        record = found(run, log)
+        if record is None or not all([_sound(backbone(run, e), record, log) for e in epochs]):
+            began, images, before = time.monotonic(), _load(run.data, run), record
+            more = {"device": device, "checkpoints": epochs, "deadline": deadline}
+            try:
+                record = train.pretrain(run, images, folder(run), **more)
+            except train.Damaged as e:
+                set_aside(e, log)
+                record = train.pretrain(run, images, folder(run), **more)
+            record["files"] = (before or {}).get("files", {}) | record["files"]
+            record = keep(run, record)
+            log(f"trained {run.method} {run.key()} in {time.monotonic() - began:.0f} s")
+        checkpoint.unlink(missing_ok=True)
         return record
-    with _locked(folder(run) / "lock"):
-        if record := whole():  # another process trained it while this one waited
-            return record
-        began = time.monotonic()
-        record = train.pretrain(run, _load(run.data, run), folder(run), device=device, checkpoints=epochs, deadline=deadline)
-        _keep(run, record)
-        (folder(run) / "checkpoint.safetensors").unlink(missing_ok=True)
-        log(f"trained {run.method} {run.key()} in {time.monotonic() - began:.0f} s")
-        return record
 
 
-def fetch_eval(config: EvalConfig, device: torch.device) -> Record:
+def fetch_eval(config: EvalConfig, device: torch.device, log: Callable) -> Record:
     """The record of an evaluation whose backbone is there."""
-    with _locked(folder(config) / "lock"):
-        if record := find(config):
+    with _locked(config):
+        if record := found(config, log):
             return record
         images = _load(config.data or config.run.data, config.run)
-        return _keep(config, evaluate.evaluate(config, images, backbone(config.run, config.epoch), device=device))
+        return keep(config, evaluate.evaluate(config, images, backbone(config.run, config.epoch), device=device))
 
 
 def recorded(configs: Sequence[Config]) -> list[Record]:
@@ -126,57 +180,156 @@ def missing(configs: Sequence[Config]) -> list[Config]:
     return [c for c in dict.fromkeys(configs) if find(c) is None]
 
 
-def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float | None = None,
-              log: Callable[[str], None] = print) -> list[Record]:  # fmt: skip
+def dependencies(config: Config) -> list[RunConfig]:
+    """The runs whose weights a config starts from."""
+    return [] if isinstance(config, RunConfig) else [config.run]
+
+
+@dataclass
+class Job:
+    """One run and what is made of it: the backbones that are needed, by epoch, and the evaluations that are missing."""
+
+    run: RunConfig
+    epochs: set[int] = field(default_factory=set)
+    evals: list[EvalConfig] = field(default_factory=list)
+
+    def compute(self, device: torch.device, deadline: float | None, log: Callable) -> list[tuple[Config, Record]]:
+        out: list[tuple[Config, Record]] = [(self.run, fetch_run(self.run, self.epochs, device, deadline, log))]
+        for config in sorted(self.evals, key=lambda c: (c.epoch, c.data)):
+            if deadline is not None and time.monotonic() > deadline:
+                raise train.Stopped("Time is up.")
+            out.append((config, fetch_eval(config, device, log)))
+        return out
+
+
+def plan(configs: Sequence[Config], *, weights: bool = False, log: Callable = print) -> list[Job]:
+    """What is missing, one job per run, after those of the runs it depends on; weights: the last backbones too."""
+    jobs: dict[RunConfig, Job] = {}
+
+    def add(config: Config) -> None:
+        for run in dependencies(config):
+            add(run)
+            jobs[run].epochs.add(config.epoch if isinstance(config, EvalConfig) and run == config.run else run.epochs)
+        if isinstance(config, EvalConfig):
+            jobs[config.run].evals.append(config)
+        else:
+            jobs.setdefault(config, Job(config))
+
+    for config in dict.fromkeys(configs):
+        if found(config, log) is None:
+            add(config)
+        if weights:
+            add(_run(config))
+            jobs[_run(config)].epochs.add(_run(config).epochs)
+    return list(jobs.values())
+
+
+Outcome = tuple[Job, Exception | None]
+
+
+def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Callable) -> Iterator[Outcome]:
+    """One job after the other, in this process; the first that is stopped is the last."""
+    broken = set()
+    for job in jobs:
+        error: SidaeError | None = None
+        try:
+            if needed := [r.key() for r in dependencies(job.run) if r in broken]:
+                raise SidaeError(f"{job.run.method} {job.run.key()} needs the run {needed[0]}, which failed.")
+            job.compute(device, deadline, log)
+        except SidaeError as e:
+            error = e
+            broken.add(job.run)
+        yield job, error
+        if isinstance(error, train.Stopped):
+            return
+
+
+def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float | None = None, client: Any = None,
+              weights: bool = False, log: Callable[[str], None] = print) -> list[Record]:  # fmt: skip
     """The records of runs and evaluations, in the order asked for: what is recorded is read, the rest is computed once.
 
-    minutes: after so long it stops at a checkpoint and raises train.Stopped, which says what is left. When some fail
-    the rest are finished and kept, then one SidaeError names the failed.
+    client: a Dask client or a scheduler's address (default: SIDAE_SCHEDULER), whose workers compute; with weights, the
+    last backbones come back too.  minutes: after so long it stops at a checkpoint and raises train.Stopped, which says
+    what is left.  A damaged file of the store is set aside and computed again.  When some fail the rest are finished
+    and kept, then one SidaeError names the failed.
     """
     for config in configs:  # every name is looked up before the first hour is spent
         methods.check(_run(config))
         if isinstance(config, EvalConfig):
             evaluate.check(config)
-    where = train.device_of(device)
+    client = client or os.environ.get("SIDAE_SCHEDULER")
+    here = train.device_of("cpu" if client else device)  # a worker chooses its own
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    wanted: dict[RunConfig, list[Config]] = defaultdict(list)
-    for config in missing(configs):
-        wanted[_run(config)].append(config)
-    failed: dict[str, SidaeError] = {}
-    for n, (run, parts) in enumerate(wanted.items()):
-        evals = [c for c in parts if isinstance(c, EvalConfig)]
-        try:
-            fetch_run(run, {c.epoch for c in evals}, where, deadline, log)
-            for config in sorted(evals, key=lambda c: (c.epoch, c.data)):
-                if deadline is not None and time.monotonic() > deadline:
-                    raise train.Stopped("Time is up.")
-                fetch_eval(config, where)
-        except train.Stopped as e:
-            raise train.Stopped(f"{e} {len(missing(configs))} of {len(set(configs))} records are left.") from None
-        except SidaeError as e:
-            failed[f"{run.method} {run.key()}"] = e
-        if len(wanted) > 1:
-            log(f"{n + 1} of {len(wanted)} runs done")
+    jobs = plan(configs, weights=weights, log=log)
+    if client and jobs:
+        from . import grid
+
+        outcomes = grid.outcomes(jobs, client, device=device, deadline=deadline, weights=weights, log=log)
+    else:
+        outcomes = _here(jobs, here, deadline, log)
+    failed: dict[str, Exception] = {}
+    stopped, began = None, time.monotonic()
+    for n, (job, error) in enumerate(outcomes, 1):
+        if isinstance(error, train.Stopped):
+            stopped = error
+        elif error:
+            failed[f"{job.run.method} {job.run.key()}"] = error
+        if len(jobs) > 1:
+            left = (time.monotonic() - began) / n * (len(jobs) - n)
+            log(f"{n} of {len(jobs)} runs done, {len(failed)} failed, about {left / 60:.1f} min left")
+    if stopped:
+        raise train.Stopped(f"{stopped} {len(missing(configs))} of {len(set(configs))} records are left.")
     if failed:
         first = next(iter(failed.values()))
-        raise SidaeError(f"{len(failed)} of {len(wanted)} runs failed ({', '.join(failed)}), the rest are kept. First: {first}")
+        raise SidaeError(f"{len(failed)} of {len(jobs)} runs failed ({', '.join(failed)}), the rest are kept. First: {first}")
     return [find(c) for c in configs]
 
 
-def seconds_left(configs: Sequence[Config]) -> float | None:
-    """Estimated training seconds of the runs without a record, from the rates of recorded ones; None without a rate."""
+def seconds_each(configs: Sequence[Config], rate: float | None = None) -> dict[RunConfig, float] | None:
+    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike.
+
+    rate: images per second for runs that no record is like; None without a rate for some run. An evaluation of a kind
+    that is not recorded counts as nothing.
+    """
     def shape(c: RunConfig) -> tuple:
         return c.method in ("dae", "sidae"), c.backbone, c.stem, c.width, c.size, c.channels, c.batch
 
-    rates: dict[tuple, list[float]] = defaultdict(list)
-    for r in every("record"):
-        if r["images"]:
-            rates[shape(RunConfig.from_dict(r["config"]))].append(r["images"] / r["seconds"])
-    total = 0.0
-    for run in {_run(c) for c in missing(configs)}:
-        if run.epochs:
-            if not (known := rates.get(shape(run))):
+    seen: dict[tuple, list[float]] = defaultdict(list)
+    for r in every("*"):
+        if "run_key" in r:
+            c = EvalConfig.from_dict(r["config"])
+            seen[c.kind, c.labels, c.label_count, shape(c.run)].append(r["seconds"])
+        elif r["images"]:
+            seen[shape(RunConfig.from_dict(r["config"]))].append(r["seconds"] / r["images"])
+    mean, sizes = {k: sum(v) / len(v) for k, v in seen.items()}, {}
+    out: dict[RunConfig, float] = dict.fromkeys(map(_run, configs), 0.0)
+    for c in configs:
+        if isinstance(c, EvalConfig):
+            out[c.run] += mean.get((c.kind, c.labels, c.label_count, shape(c.run)), 0.0)
+        elif c.epochs:
+            if shape(c) not in mean and not rate:
                 return None
-            n = run.pool or len(_load(run.data, run).split(run.split).images)
-            total += n * run.epochs / (sum(known) / len(known))
-    return total
+            alike = c.data, c.split, c.size, c.channels, c.resize
+            if not c.pool and alike not in sizes:
+                sizes[alike] = len(_load(c.data, c).split(c.split).images)
+            n = c.label_count or c.labels * (c.pool or sizes[alike])
+            out[c] += n * c.epochs * mean.get(shape(c), 1 / (rate or 1))
+    return out
+
+
+def seconds_left(configs: Sequence[Config]) -> float | None:
+    """Estimated seconds of what has no record; None where no record is like it."""
+    each = seconds_each(missing(configs))
+    return None if each is None else sum(each.values())
+
+
+def machines(seconds: Sequence[float], deadline: float) -> int:
+    """How many machines finish runs of these lengths by the deadline, each run on one machine (first fit, longest first).
+    Raises SidaeError when the longest alone takes longer."""
+    left: list[float] = []
+    for s in sorted(seconds, reverse=True):
+        if s > deadline:
+            raise SidaeError(f"One run alone takes {s / 3600:.2f} hours; no number of machines makes the deadline.")
+        n = next((n for n, room in enumerate(left) if room >= s), len(left))
+        left[n:n + 1] = [left[n] - s if n < len(left) else deadline - s]
+    return len(left)

@@ -1,5 +1,6 @@
 """Pre-training: one loop for every method, that can stop at any step and go on as if it had not."""
 
+import hashlib
 import json
 import math
 import os
@@ -29,10 +30,19 @@ from .config import RunConfig, SidaeError, epoch_seed
 from .data import Images, subset
 
 CHECKPOINT_SECONDS = 60.0
+_SEEDING = threading.Lock()
 
 
 class Stopped(SidaeError):
     """A run that was asked to stop, by a signal or a deadline, and left a checkpoint to go on from."""
+
+
+class Damaged(SidaeError):
+    """A file of the store that is not what was written under its name; `path` says which."""
+
+    def __init__(self, sentence: str, path: Path = Path()) -> None:
+        super().__init__(sentence)
+        self.path = path
 
 
 def device_of(name: str) -> torch.device:
@@ -114,10 +124,23 @@ def write(path: Path, content: bytes) -> None:
         raise SidaeError(f"{path} could not be written ({e.strerror}); free space or choose another folder.") from e
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def packed(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
     """safetensors wants plain contiguous tensors, so channels_last is undone here and restored by `copy_` on load."""
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write(path, save(plain, {"sidae": json.dumps(meta)}))
+    return save(plain, {"sidae": json.dumps(meta)})
+
+
+@contextmanager
+def seeded(seed: int):
+    """torch's global generator, which draws initial weights: seeded, and afterwards as it was. One thread at a time, since
+    the threads of a worker share it."""
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
@@ -160,6 +183,10 @@ class _Stop:
                 signal.signal(s, handler)
 
 
+def backbone_name(epoch: int) -> str:
+    return f"backbone-e{epoch:03d}.safetensors"
+
+
 class Run:
     """One run in memory: the method, its optimiser, the epoch's accumulators and how far it has come."""
 
@@ -169,8 +196,7 @@ class Run:
         keep = methods.METHODS[config.method].labels
         self.bounds = batches(len(self.pairs), config.batch, keep)
         self.steps = len(self.bounds) * config.epochs
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             self.method = methods.build(config, len(images.classes))
         self.method.to(device, memory_format=torch.channels_last).train()
         groups, c = self.method.param_groups(config.lr), config
@@ -184,6 +210,7 @@ class Run:
         self.paired = not bool((self.pairs[:, 0] == self.pairs[:, 1]).all())
         self.support = config.support if "support" in self.method.reads else 0
         self.step, self.sums, self.history, self.seconds = 0, {}, [], 0.0
+        self.files: dict[str, str] = {}  # name -> sha256 of each backbone kept so far
         self.set_mode(compile_mode(config, device, self.steps))
 
     def set_mode(self, mode: str) -> None:
@@ -209,6 +236,16 @@ class Run:
         zn = F.normalize(out.pop("z").float(), dim=1)
         return out, {"z": zn.sum(0), "zz": zn.square().sum(0)}
 
+    def _loaded(self, *given: Any) -> tuple[dict, dict]:
+        """The compiled forward pass; a cached file that a killed compiler left broken is removed and compiled again."""
+        while True:
+            try:
+                return self.compiled(*given)
+            except torch._dynamo.exc.BackendCompilerFailed as e:
+                if not (broken := getattr(e.inner_exception, "path", None)) or not Path(broken).exists():
+                    raise
+                Path(broken).unlink()
+
     def draw(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
         """The epoch's order of pairs and the parameters of its views: a function of (seed, epoch) on every device."""
         generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
@@ -233,7 +270,7 @@ class Run:
 
     def advance(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> None:
         """One optimiser step on samples a to b of a drawn epoch."""
-        out, moments = self.compiled(*self.samples(drawn, a, b))
+        out, moments = self._loaded(*self.samples(drawn, a, b))
         self.optimizer.zero_grad()
         out["loss"].backward()
         lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
@@ -259,17 +296,24 @@ class Run:
 
     def meta(self) -> dict[str, Any]:
         return {"config": self.config.to_dict(), "key": self.config.key(), "step": self.step, "mode": self.mode,
-                "history": self.history, "seconds": self.seconds}  # fmt: skip
+                "history": self.history, "seconds": self.seconds, "files": self.files}  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """A checkpoint, sealed: its metadata hold the sha256 of the same file without that seal."""
+        tensors, meta = self.state(), self.meta()
+        write(path, packed(tensors, meta | {"seal": sha256(packed(tensors, meta))}))
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises SidaeError when it is damaged or belongs to another config."""
+        """Go on from a checkpoint. Raises Damaged when it is not whole or belongs to another config."""
         try:
             with safe_open(path, "pt") as f:
                 meta = json.loads((f.metadata() or {})["sidae"])
                 if meta["key"] != self.config.key():
-                    raise SidaeError(f"{path} is the checkpoint of another config ({meta['key']}, not {self.config.key()}); "
-                                     "move it away and the run starts anew.")  # fmt: skip
+                    raise Damaged(f"{path} is the checkpoint of another config ({meta['key']}, not {self.config.key()}); "
+                                  "without it the run starts anew.", path)  # fmt: skip
                 tensors = {k: f.get_tensor(k) for k in f.keys()}
+            if meta.pop("seal") != sha256(packed(tensors, meta)):
+                raise ValueError
             own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
             self.method.load_state_dict(own)
             for name, v in tensors.items():
@@ -280,16 +324,19 @@ class Run:
             self.sums = {k.removeprefix("sums."): v.to(self.device) for k, v in tensors.items() if k.startswith("sums.")}
             self.step = int(meta["step"])
             self.set_mode(str(meta["mode"]))
-            self.history, self.seconds = list(meta["history"]), float(meta["seconds"])
+            self.history, self.seconds, self.files = list(meta["history"]), float(meta["seconds"]), dict(meta["files"])
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError, IndexError) as e:
-            raise SidaeError(f"The checkpoint {path} is damaged ({type(e).__name__}); without it the run starts anew.") from e
+            sentence = f"The checkpoint {path} is damaged ({type(e).__name__}); without it the run starts anew."
+            raise Damaged(sentence, path) from e
 
     def save_backbone(self, folder: Path, epoch: int) -> None:
         tensors = dict(self.method.backbone.state_dict())
         if hasattr(self.method, "fc"):  # the supervised network's own classifier
             tensors |= {f"fc.{k}": v for k, v in self.method.fc.state_dict().items()}
         meta = {"config": self.config.to_dict(), "epoch": epoch, "mean": self.data.mean, "std": self.data.std}
-        save_tensors(folder / f"backbone-e{epoch:03d}.safetensors", tensors, meta)
+        content = packed(tensors, meta)
+        write(folder / backbone_name(epoch), content)
+        self.files[backbone_name(epoch)] = sha256(content)
 
 
 def cost(config: RunConfig, images: Images) -> dict[str, float]:
@@ -314,15 +361,18 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     """Train one run, or go on with it, and return its record (design: "Run record"); weights go to `folder`.
 
     checkpoints: epochs (0 to config.epochs) whose backbone is kept; the last always is.  deadline: `time.monotonic()`
-    after which the run stops at a checkpoint.  Raises Stopped on a signal or the deadline, SidaeError when loss or
-    weights are not finite.
+    after which the run stops at a checkpoint.  Raises Stopped on a signal or the deadline, Damaged for a checkpoint that
+    cannot be gone on from, SidaeError when loss or weights are not finite.
     """
     run = Run(config, images, device)
     born = provenance(device)
     path = folder / "checkpoint.safetensors"
+    keep = {*checkpoints, config.epochs}
     if path.exists():
         run.restore(path)
-    keep = {*checkpoints, config.epochs}
+        passed = {backbone_name(e) for e in keep if e * len(run.bounds) <= run.step}
+        if not all(name in run.files and (folder / name).exists() for name in passed):
+            run = Run(config, images, device)  # an epoch is asked for that was not kept on the way
     if 0 in keep and run.step == 0:
         run.save_backbone(folder, 0)
     if run.steps:
@@ -331,7 +381,8 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     return {
         "config": config.to_dict(), "key": config.key(), "data": {"name": images.name, "display": images.display},
         "epochs": run.history, "steps": run.steps, "images": sum(b - a for a, b in run.bounds) * config.epochs,
-        "seconds": round(run.seconds, 3), "mode": run.mode, "provenance": born,
+        "seconds": round(run.seconds, 3), "mode": run.mode, "files": dict(sorted(run.files.items())),
+        "provenance": born,
     }  # fmt: skip
 
 
@@ -344,7 +395,7 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
 
     def checkpoint() -> None:
         nonlocal saved, checkpointed
-        save_tensors(path, run.state(), run.meta())
+        run.save(path)
         saved, checkpointed = time.monotonic(), run.step
 
     for epoch in range(run.step // per_epoch, config.epochs):
@@ -363,7 +414,7 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
             if stop.signal or late or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _finite(run, checkpointed)
                 checkpoint()
-            if (stop.signal or late) and run.step < run.steps:
+            if stop.signal or late and run.step < run.steps:
                 bar.close()
                 why = "Time is up" if late else f"Stopped by {signal.Signals(stop.signal).name}"
                 raise Stopped(f"{why}: {config.method} {config.key()} stands at step {run.step} of {run.steps}, saved in "

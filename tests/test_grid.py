@@ -1,0 +1,389 @@
+"""A grid on a Dask cluster: real schedulers and workers, processes of their own, on the loopback address."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidae_lib import __version__, experiments, paths, runs, train
+from sidae_lib.config import EvalConfig, SidaeError
+
+dask = pytest.importorskip("dask", reason="no cluster extra")
+grid = pytest.importorskip("sidae_lib.grid", reason="no cluster extra", exc_type=SidaeError)
+slow = pytest.mark.slow
+
+
+def run(seed: int, **changes):
+    return experiments.run("simsiam", "digits", "smoke", seed, **{"epochs": 1} | changes)
+
+
+def knn(config) -> EvalConfig:
+    return EvalConfig(run=config, kind="knn", k=5)
+
+
+def bare(record: dict) -> dict:
+    """Without time, place and checksum of the record; the weights' checksums stay."""
+    epochs = [{k: v for k, v in e.items() if k not in ("seconds", "images_per_second")} for e in record.get("epochs", ())]
+    return {k: v for k, v in record.items() if k not in ("seconds", "provenance", "check")} | {"epochs": epochs}
+
+
+def alone(configs: list, monkeypatch, folder: Path) -> list:
+    """The same records from this process, with the workers' number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with monkeypatch.context() as m:
+        m.setenv("SIDAE_RUNS", str(folder))
+        out = runs.fetch_all(configs, device="cpu", log=lambda _: None)
+    torch.set_num_threads(threads)
+    return [bare(r) for r in out]
+
+
+# --- this machine ---------------------------------------------------------------------------------------------------
+
+
+def listening() -> set[tuple[str, str]]:
+    """(address, pid) of every TCP socket that this process and its children listen on."""
+    inodes, out = {}, set()
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if (target := os.readlink(fd)).startswith("socket:["):
+                inodes[target[8:-1]] = fd.parts[2]
+        except OSError:
+            continue
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            local, state, inode = (line.split()[n] for n in (1, 3, 9))
+            if state == "0A" and inode in inodes:
+                out.add((local.split(":")[0], inodes[inode]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two workers of this machine, which share a store, and what listened before."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("runs", "records"):
+            m.setenv(f"SIDAE_{name.upper()}", str(folder / name))
+        m.setenv("SIDAE_THREADS", "7")  # the caller's own is not the workers'
+        before = listening() if Path("/proc/net").exists() else set()
+        with grid.local(2, "cpu") as address:
+            yield address, before
+
+
+def test_a_grid_on_this_machine(two, monkeypatch, tmp_path):
+    """Each once, in the order asked for, equal to what one process computes; one fails for its config and is named."""
+    address, before = two
+    monkeypatch.setenv("SIDAE_SCHEDULER", address)
+    configs, bad, said = [c for s in range(4) for c in (run(s), knn(run(s)))], run(0, lr=1e30), []
+    with pytest.raises(SidaeError, match=f"1 of 5 runs failed \\(simsiam {bad.key()}\\), the rest are kept.*not finite"):
+        runs.fetch_all([bad, *configs], device="cpu", log=said.append)
+    assert sum("trained" in line for line in said) == 4 and any("5 of 5 runs done, 1 failed" in line for line in said)
+    records = runs.fetch_all(configs, device="cpu", log=said.append)
+    assert [r["key"] for r in records] == [c.key() for c in configs] and sum("trained" in line for line in said) == 4
+    assert {r["provenance"]["threads"] for r in records} == {max(1, grid.CPU_COUNT // 2)}
+    if grid.CPU_COUNT // 2 <= 1:
+        assert [bare(r) for r in records] == alone(configs, monkeypatch, tmp_path / "alone")
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux lists its sockets there")
+def test_nothing_listens_to_the_outside(two):
+    opened = {address for address, pid in listening() - two[1]}
+    assert opened == {"0100007F"}  # 127.0.0.1
+
+
+def test_time_is_up_on_a_grid(two):
+    with pytest.raises(train.Stopped, match="Time is up.*2 of 2 records are left"):
+        runs.fetch_all([run(8), run(9)], client=two[0], device="cpu", minutes=0, log=lambda _: None)
+
+
+def test_no_scheduler_is_one_sentence(store):
+    with (dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+          pytest.raises(SidaeError, match="No scheduler answers at tcp://127.0.0.1:9; start one")):
+        runs.fetch_all([run(0)], client="tcp://127.0.0.1:9", log=lambda _: None)
+    with pytest.raises(SidaeError, match="at least one job"), grid.local(0):
+        pass
+
+
+@slow
+def test_without_the_extra_the_rest_works():
+    code = ("import sys; sys.modules.update(dict.fromkeys(['distributed', 'dask']))\n"
+            "from sidae_lib import __main__\n"
+            "sys.exit(__main__.main(['run', 'sidae_step_by_step', '--scale', 'smoke', '--jobs', '2']))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "sidae-lib[cluster]"' in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_dependencies_come_first(store, monkeypatch):
+    """A run's own dependencies and an evaluation's; the backbones that are needed of each."""
+    encoder, second, third = run(0, epochs=4), run(1), run(2)
+    monkeypatch.setattr(runs, "dependencies", lambda c: [c.run] if isinstance(c, EvalConfig) else
+                        {second: [encoder], third: [second]}.get(c, []))  # fmt: skip
+    jobs = runs.plan([knn(third), EvalConfig(run=encoder, kind="knn", epoch=2), second], log=lambda _: None)
+    assert [(j.run, j.epochs, len(j.evals)) for j in jobs] == [(encoder, {2, 4}, 1), (second, {1}, 0), (third, {1}, 1)]
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_machines_is_the_smallest_number_that_first_fit_finds():
+    assert runs.machines([3, 3, 3, 3], 6) == 2 and runs.machines([3, 3, 3, 3], 5.9) == 4
+    assert runs.machines([5, 4, 1, 2], 6) == 2 and runs.machines([], 1) == 0
+    with pytest.raises(SidaeError, match="One run alone takes 2.00 hours"):
+        runs.machines([1, 7200], 3600)
+
+
+def test_seconds_are_those_of_recorded_runs_alike(store):
+    config, other = run(0, epochs=3), run(0, backbone="resnet18", width=16, dim=64, hidden=64, pred_hidden=16)
+    [made, probe] = runs.fetch_all([run(1), knn(run(1))], device="cpu", log=lambda _: None)
+    each = runs.seconds_each([config, knn(config)])
+    assert each == {config: pytest.approx(3 * made["seconds"] + probe["seconds"], rel=1e-6)}
+    assert runs.seconds_each([other]) is None and runs.seconds_each([other], rate=128)[other] == 2  # 256 images
+
+
+def cli(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "sidae_lib", *args], capture_output=True, text=True, cwd=paths.ROOT,
+                          env=os.environ | env, timeout=300)  # fmt: skip
+
+
+@slow
+def test_a_plan_of_the_paper_a_hundred_times_over(store):
+    """Hours and machines by the rate given; nothing is computed."""
+    once, often = (cli("run", "accuracy_vs_epochs", "--scale", "paper", "--seeds", str(n), "--plan", "24", "--rate", "8000")
+                   for n in (5, 500))
+    pattern = r"^([\d,]+) runs and ([\d,]+) evaluations.*\nAbout ([\d,.]+) hours .* ([\d.]+); (\d+) machines"
+    found = [re.search(pattern, p.stdout) for p in (once, often)]
+    assert all(found), once.stdout + once.stderr + often.stderr
+    a, b = ([float(v.replace(",", "")) for v in f.groups()] for f in found)
+    assert [y / x for x, y in zip(a[:3], b[:3])] == pytest.approx([100, 100, 100], rel=0.01) and b[4] >= 99 * a[4] / 2
+    assert not paths.runs().exists()
+
+
+# --- many machines --------------------------------------------------------------------------------------------------
+
+QUICK = {"OMP_NUM_THREADS": "1", "SIDAE_THREADS": "1", "CXX": "none", "TQDM_DISABLE": "1"}  # CXX: nothing to compile with
+
+
+class Cluster:
+    """A scheduler and workers without nannies, each a process with a store of its own."""
+
+    def __init__(self, folder: Path, stack: ExitStack, **env: str) -> None:
+        self.folder, self.stack, self.env = folder, stack, os.environ | QUICK | {"PYTHONPATH": str(paths.ROOT)} | env
+        self.address = self.start_scheduler()
+
+    def start(self, name: str, *args: str, **env: str) -> subprocess.Popen:
+        with open(self.folder / f"{name}.log", "w") as log:
+            p = subprocess.Popen([sys.executable, "-P", "-m", "dask", *args], env=self.env | env, cwd=self.folder, stdout=log,
+                                 stderr=log)  # fmt: skip
+        self.stack.callback(lambda: (p.kill(), p.wait()))
+        return p
+
+    def start_scheduler(self, *args: str) -> str:
+        file = self.folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        self.scheduler = self.start("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+                                    "--scheduler-file", str(file), *args)  # fmt: skip
+        wait(lambda: file.exists() and file.stat().st_size)
+        return json.loads(file.read_text())["address"]
+
+    def worker(self, name: str, *args: str, preload: str = "", **env: str) -> subprocess.Popen:
+        (self.folder / f"{name}.py").write_text(preload)
+        return self.start(name, "worker", self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard",
+                          "--host", "127.0.0.1", "--memory-limit", "0", "--preload", str(self.folder / f"{name}.py"), *args,
+                          **{"SIDAE_RUNS": str(self.folder / name)} | env)  # fmt: skip
+
+    def records(self, name: str) -> list[Path]:
+        return list((self.folder / name).glob("*/record.json"))
+
+
+def wait(ready, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@contextmanager
+def afterwards(action):
+    """Runs `action` in a thread meanwhile; what it raises is raised at the end."""
+    errors = []
+
+    def call():
+        try:
+            action()
+        except BaseException as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    yield
+    thread.join()
+    assert not errors, errors
+
+
+@pytest.fixture
+def cluster(store):
+    with ExitStack() as stack:
+        yield Cluster(store, stack)
+
+
+@slow
+def test_workers_die_and_join(cluster, store, monkeypatch):
+    """No shared store. One is killed in the middle of a run, one joins late, one more has another version and leaves: the
+    grid completes, each record equal to what one process computes, and the weights come back where asked for."""
+    shutil.copytree(paths.ROOT / "sidae_lib", store / "old" / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    init = store / "old" / "sidae_lib" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{__version__}"', '"0.0.9"'))
+    a, _ = cluster.worker("a"), cluster.worker("b")
+    configs = [c for s in range(8) for c in (run(s, epochs=30), knn(run(s, epochs=30)))]
+
+    def events() -> None:
+        wait(lambda: cluster.records("a") and len(list((store / "a").glob("*/lock"))) > len(cluster.records("a")))
+        time.sleep(0.5)
+        a.send_signal(signal.SIGKILL)
+        old = cluster.worker("old-worker", PYTHONPATH=str(store / "old"))
+        cluster.worker("c")
+        assert old.wait(60) is not None
+        assert "has sidae-lib 0.0.9, the grid " + __version__ in (store / "old-worker.log").read_text()
+
+    said: list[str] = []
+    with afterwards(events):
+        records = runs.fetch_all(configs, client=cluster.address, device="cpu", weights=True, log=said.append)
+    assert a.poll() == -signal.SIGKILL and cluster.records("b") and cluster.records("c") and not cluster.records("old-worker")
+    assert [bare(r) for r in records] == alone(configs, monkeypatch, store / "alone")
+    for c in configs[::2]:
+        assert train.sha256(runs.backbone(c).read_bytes()) == runs.find(c)["files"][runs.backbone(c).name]
+    assert "8 of 8 runs done, 0 failed" in said[-1]
+
+
+@slow
+def test_weights_of_a_dependency_travel(cluster, store, monkeypatch):
+    first, rest = run(0), [run(s, epochs=20) for s in range(1, 5)]
+    monkeypatch.setattr(runs, "dependencies", lambda c: [c.run] if isinstance(c, EvalConfig) else [first] if c in rest else [])
+    cluster.worker("a"), cluster.worker("b")
+    runs.fetch_all(rest, client=cluster.address, device="cpu", log=lambda _: None)
+    names = [[p.parent.name for p in cluster.records(w)] for w in "ab"]
+    assert all(first.key() in n and len(n) > 1 for n in names)  # trained by one, sent to the other
+    [x, y] = ((store / w / first.key() / "backbone-e001.safetensors").read_bytes() for w in "ab")
+    assert x == y and not runs.backbone(first).exists()  # nobody asked for it here
+
+
+@slow
+def test_the_scheduler_is_lost(cluster, store):
+    configs, said = [run(s, epochs=20) for s in range(4)], []
+
+    def log(line: str) -> None:
+        said.append(line)
+        if "runs done" in line:
+            cluster.scheduler.kill()
+
+    worker = cluster.worker("a")
+    with pytest.raises(SidaeError, match=f"The scheduler at {cluster.address} was lost; what had finished is kept"):
+        runs.fetch_all(configs, client=cluster.address, device="cpu", log=log)
+    kept = [c for c in configs if runs.find(c)]
+    assert 1 <= len(kept) < 4
+    worker.kill()
+    cluster.address = cluster.start_scheduler()
+    cluster.worker("b")
+    runs.fetch_all(configs, client=cluster.address, device="cpu", log=said.append)
+    assert len(cluster.records("b")) == 4 - len(kept)
+
+
+@slow
+def test_another_version_is_refused(cluster, store):
+    cluster.worker("a", preload="import sidae_lib; sidae_lib.__version__ = '0.0.9'\n")
+    wait(lambda: "Registered to" in (store / "a.log").read_text())
+    with pytest.raises(SidaeError, match=f"1 workers have another sidae-lib: tcp://.* has 0.0.9, here is {__version__}"):
+        runs.fetch_all([run(0)], client=cluster.address, device="cpu", log=lambda _: None)
+
+
+@slow
+def test_one_worker_with_two_gpus_takes_two_runs(cluster, store):
+    """Declared as resources; a run has each to itself. The devices are the CPU's here: it is the counting that is tested."""
+    cluster.worker("a", "--nthreads", "4", "--resources", "GPU=2", preload=(
+        "import threading, time\nfrom sidae_lib import train\n"
+        "used, plain = [], train.pretrain\n"
+        "def pretrain(*a, **k):\n"
+        "    used.append(threading.get_ident()); open('most', 'a').write(f'{len(used)}\\n'); time.sleep(1)\n"
+        "    try: return plain(*a, **k)\n"
+        "    finally: used.remove(threading.get_ident())\n"
+        "train.pretrain = pretrain\n"))
+    wait(lambda: "Registered to" in (store / "a.log").read_text())
+    runs.fetch_all([run(s) for s in range(6)], client=cluster.address, log=lambda _: None)
+    assert max(map(int, (store / "most").read_text().split())) == 2
+
+
+# --- TLS and Slurm, as the README says ------------------------------------------------------------------------------
+
+README = (paths.ROOT / "README.md").read_text().partition("## One machine, several, Slurm")[2].partition("\n## ")[0]
+
+
+def block(kind: str, holds: str) -> str:
+    [found] = [b for b in re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) if holds in b]
+    return found
+
+
+@pytest.fixture
+def certificates(store):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(["bash", "-ec", block("bash", "openssl")], cwd=store, check=True, capture_output=True)
+    return store
+
+
+@slow
+def test_tls(certificates):
+    """With the certificate scheduler, worker and client talk; without it nobody is let in."""
+    lines = re.findall(r"^export (\w+)=(\S+)", block("bash", "DASK_DISTRIBUTED"), re.MULTILINE)
+    env = {k: v.replace("$PWD", str(certificates)) for k, v in lines}
+    assert len(env) > 5
+    with ExitStack() as stack:
+        cluster = Cluster(certificates, stack, **env)
+        assert cluster.address.startswith("tls://")
+        cluster.worker("a")
+        asked = ("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu", "--scheduler", cluster.address)
+        stranger = cli(*asked)
+        assert stranger.returncode == 2 and "No scheduler answers at tls://" in stranger.stderr
+        done = cli(*asked, **env)
+        assert done.returncode == 0 and len(cluster.records("a")) == 1, done.stderr + (certificates / "a.log").read_text()
+
+
+@slow
+def test_slurm(certificates):
+    """The README's script, its job file run by an `sbatch` that is bash."""
+    pytest.importorskip("dask_jobqueue")
+    script = block("python", "SLURMCluster").replace('"paper"', '"smoke"').replace("accuracy_vs_epochs", "sidae_step_by_step")
+    (certificates / "grid.py").write_text(script.replace("jobs=20", "jobs=1"))
+    shims = certificates / "shims"
+    shims.mkdir()
+    (shims / "sbatch").write_text('#!/bin/bash\ncp "$1" job.sh\nsetsid bash job.sh >job.log 2>&1 &\n'
+                                  'echo $! >job.pid\necho "Submitted batch job 1"\n')  # fmt: skip
+    (shims / "scancel").write_text('#!/bin/bash\nkill -TERM -- -"$(cat job.pid)"\n')
+    for shim in shims.iterdir():
+        shim.chmod(0o755)
+    env = os.environ | QUICK | {"PATH": f"{shims}:{os.environ['PATH']}", "PYTHONPATH": str(paths.ROOT)}
+    done = subprocess.run([sys.executable, "grid.py"], cwd=certificates, env=env, capture_output=True, text=True, timeout=200)
+    log = (certificates / "job.log").read_text() if (certificates / "job.log").exists() else "no job"
+    assert done.returncode == 0, done.stderr + log
+    job = (certificates / "job.sh").read_text()
+    for line in ("-n 1", "--cpus-per-task=8", "--mem=30G", "-t 12:00:00", "--gres=gpu:1"):
+        assert f"#SBATCH {line}" in job.splitlines(), job
+    assert "--nthreads 1" in job and "--resources GPU=1" in job and "tls://" in job and "--tls-key" in job
+    assert len(list(runs.every("record"))) == 1
+
+
+@slow
+def test_command_line_with_jobs(store):
+    done = cli("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu", "--jobs", "2")
+    assert done.returncode == 0 and "1 runs on 2 workers at tcp://127.0.0.1:" in done.stdout, done.stderr
+    assert len(list(runs.every("record"))) == 1
