@@ -132,7 +132,7 @@ def test_best_w_is_chosen_on_validation_and_never_on_test(store):
         good = {0.25: 60.0, 0.5: 70.0, 0.75: 65.0}.get(e.run.w, 50.0) if e.score_on == "val" else 100 * e.run.w
         if e.labels == 1.0 or e.run.target == "unit":
             good = 100.0 - good  # neither the other share of labels nor the other target decides
-        runs._keep(e, {"config": e.to_dict(), "key": e.key(), "accuracy": good})
+        runs.keep(e, {"config": e.to_dict(), "key": e.key(), "accuracy": good})
     assert experiments.best_w("quick", ["digits"], [0, 1]) == 0.5
 
 
