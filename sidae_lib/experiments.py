@@ -1,5 +1,6 @@
 """What each figure needs: scale in, configs out. A figure's function here has the name of its notebook and its files."""
 
+import math
 import os
 import warnings
 from collections import defaultdict
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from . import data, methods, runs
+from . import data, methods, own, runs
 from .config import EvalConfig, RunConfig, SidaeError
 
 
@@ -75,9 +76,9 @@ def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunC
         fields |= {"epochs": s.supervised_epochs, "lr": 0.05, "batch": 256, "weight_decay": 0.0, "schedule": "constant",
                    "augment": "none"}  # fmt: skip
     else:
-        if dataset not in s.epochs:
+        if dataset not in s.epochs and "epochs" not in changes:
             raise SidaeError(f"Scale {scale} has no length for {dataset!r}; its sets are {', '.join(s.epochs)}.")
-        fields |= {"epochs": s.epochs[dataset], "pool": s.pool.get(dataset, 0),
+        fields |= {"epochs": s.epochs.get(dataset), "pool": s.pool.get(dataset, 0),
                    "augment": "simsiam_grey" if dataset in GREY else "simsiam_cifar"}  # fmt: skip
     return RunConfig.create(**fields | changes)
 
@@ -218,8 +219,31 @@ def tsne(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) ->
     return runs, [EvalConfig(run=r, kind="tsne", labels=s.labels[0], k=s.neighbours[0], points=s.pictured) for r in runs]
 
 
+def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), plan: own.Plan | None = None
+                    ) -> Needs:  # fmt: skip
+    """Notebook 10: three methods, the untrained network and, for each number of labels, a supervised one of as many
+    steps. A seed draws the labels too, so that intervals over seeds hold for the choice of the labels."""
+    name, seeds = (datasets or scale_of(scale).datasets)[0], seeds or (0, 1, 2)
+    images = data.load(name)
+    plan = plan or own.plan(images, run("sidae", name, scale, epochs=1, pool=0), own.STEPS[scale], seeds=seeds)
+    every, runs, evals = len(images.split("train").images), [], []
+    for seed in seeds:
+        for method in ("sidae", "simsiam", "dae", "untrained"):
+            r = run(method, name, scale, seed, **({} if method == "untrained" else plan.fields))
+            runs.append(r)
+            evals += [EvalConfig(run=r, kind="logistic", C=0.1, label_count=count % every, label_seed=seed)
+                      for count in plan.counts]
+        for count in plan.counts:
+            chosen = {"label_count": count % every, "label_seed": seed}
+            epochs = max(1, round(plan.steps / math.ceil(count / 256)))
+            r = run("supervised", name, scale, seed, epochs=min(epochs, 200), **chosen)
+            runs.append(r)
+            evals.append(EvalConfig(run=r, kind="classifier", **chosen))
+    return runs, evals
+
+
 FIGURES: dict[str, Callable[..., Needs]] = {f.__name__: f for f in (
-    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne)}
+    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, your_own_images)}
 
 
 def figure(name: str) -> Callable[..., Needs]:
@@ -231,7 +255,7 @@ def figure(name: str) -> Callable[..., Needs]:
 def evaluations(scale: str) -> list[EvalConfig]:
     """All evaluations of all figures at a scale, as far as their image sets are there or known."""
     found: dict[EvalConfig, None] = {}
-    for build in FIGURES.values():
+    for build in (f for f in FIGURES.values() if f is not your_own_images):  # whose labels are no shares of a paper's set
         with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
             found |= dict.fromkeys(build(scale)[1])
     return list(found)

@@ -44,6 +44,3 @@ def build(config: RunConfig, classes: int = 0) -> Method:
 def five_axes() -> dict[str, Axes]:
     """Method name -> its five choices (arXiv:2009.00104), read from the classes."""
     return {name: cls.axes for name, cls in METHODS.items()}
-
-
-__all__ = ["METHODS", "Axes", "Method", "build", "check", "five_axes"]
