@@ -274,7 +274,7 @@ def tsne(table: pd.DataFrame) -> Figure:
         if len(classes) <= 20:
             _legend(fig, axes.flat[:1], 6)
             for handle in fig.legends[0].legend_handles:
-                handle.set_sizes([20])
+                handle.set_sizes([20])  # type: ignore[attr-defined]
     return fig
 
 

@@ -84,7 +84,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
     cuda = device.type == "cuda"
     return {
-        "package": __version__, "commit": git.stdout.strip() or None, "torch": torch.__version__,
+        "package": __version__, "commit": git.stdout.strip() or None, "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

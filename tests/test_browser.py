@@ -103,7 +103,7 @@ class Notebook:
         self.page.on("console", lambda m: self.errors.append(f"{m.text} {m.location}") if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.goto(url)
-        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", state="attached")
         self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", state="attached")
 
     def menu(self, top: str, item: str) -> None:
@@ -185,7 +185,8 @@ def test_the_stop_button_and_on(home, notebook):
               'run = experiments.run("simsiam", "digits", scale, batch=256, epochs=12)\n(record,) = runs.fetch_all([run])',
               'print(record["steps"], "steps done")']  # fmt: skip
     cells = [nbformat.v4.new_code_cell(s) for s in source]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), home / "notebooks" / "stop.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), home / "notebooks" / "stop.ipynb")
     nb = notebook("stop.ipynb")
     nb.menu("Run", "Run All Cells")
     training = nb.cell("runs.fetch_all")

@@ -31,7 +31,8 @@ def pixels(x) -> np.ndarray:
 
 def patterns(rng, y, size, channels):
     """Images of classes that differ by a coarse symmetric pattern: (N, size, size, channels)."""
-    half = rng.uniform(0, 255, (int(y.max()) + 1, 4, 2, channels))
+    classes = int(y.max()) + 1
+    half = rng.uniform(20, 235, (classes, 4, 2, 1)) + rng.uniform(-20, 20, (classes, 4, 2, channels)) * (channels > 1)
     coarse = np.concatenate([half, half[:, :, ::-1]], 2)[y]
     return pixels(coarse.repeat(-(-size // 4), 1).repeat(-(-size // 4), 2)[:, :size, :size] + noise(rng, len(y), size, size, 1))
 
@@ -63,7 +64,8 @@ def many_classes(place, rng):
 
 def many_images(place, rng):
     y = rng.integers(0, 10, 20_000)
-    return npz(place, patterns(rng, y, 32, 3), y)
+    x = patterns(rng, y, 32, 3)
+    return npz(place, x[:6000], y[:6000], unlabeled_images=x[6000:])
 
 
 def large_photos(place, rng):
@@ -137,7 +139,7 @@ def single_images(place, rng):
 EXPECTED = {  # set -> its training and test images, augmentation, a word of what is said of it
     tiny: (30, 10, "simsiam_grey", "cannot be told from chance"),
     many_classes: (2250, 750, "simsiam_cifar", "of 512 images"),
-    many_images: (15_000, 5000, "simsiam_cifar", "of 512 images"),
+    many_images: (4500, 1500, "simsiam_cifar", "14000 images of the unlabeled split"),
     large_photos: (48, 12, "simsiam_cifar", "There is no test split"),
     unbalanced: (600, 200, "simsiam_grey", "The classes are unbalanced"),
     broken: (70, 17, "simsiam_cifar", "3 files could not be read"),

@@ -20,12 +20,14 @@ def environment(store) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", "MPLBACKEND")}
 
 
+@pytest.mark.slow
 def test_a_log_file_is_not_flooded(store):
     done = subprocess.run([sys.executable, "-c", CODE.format(epochs=3)], env=environment(store), capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert re.fullmatch(r"trained simsiam \w{16} in \d+ s\n", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_terminal_has_one_line_with_the_time_left(store):
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
