@@ -261,8 +261,9 @@ def verdict(records: Sequence[dict[str, Any]], labels: int) -> list[str]:
     if not helps:
         return [*out, "How many labels it is worth: none that could be shown."]
     curve = frame[frame["method"].isin(floors)].groupby(["labels", "method"])["accuracy"].mean().unstack().max(axis=1)
-    _, low, high = gap(best, mean[list(floors)].idxmax())
-    return [*out, f"How many labels it is worth: with {labels} labels {PRETRAINED[best]} does as well as the better "
+    top = max(helps, key=lambda m: mean[m])
+    _, low, high = gap(top, mean[list(floors)].idxmax())
+    return [*out, f"How many labels it is worth: with {labels} labels {PRETRAINED[top]} does as well as the better "
                   f"baseline with {_needed(curve, curve[labels] + low)} to {_needed(curve, curve[labels] + high)}."]
 
 
