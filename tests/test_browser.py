@@ -63,7 +63,7 @@ def lab(home) -> Iterator[str]:
              f"--ServerApp.root_dir={home}", f"--IdentityProvider.token={token}"],
             env=env, cwd=home, stdout=log, stderr=log)  # fmt: skip
         try:
-            yield f"{address(home, process)}lab/tree/notebooks/{{}}?token={token}"
+            yield f"{address(home, process)}lab/tree/notebooks/{{}}?token={token}&reset"
         finally:
             process.send_signal(signal.SIGTERM)  # it takes its kernels with it
             process.wait(30)

@@ -18,7 +18,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 def run(*command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)})  # fmt: skip
 
 
 def test_ruff_is_clean():

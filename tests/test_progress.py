@@ -48,11 +48,11 @@ def test_a_terminal_has_one_line_with_the_time_left(store):
 
 @pytest.mark.slow
 def test_live_curves_do_not_grow_the_notebook(store, monkeypatch):
-    """Drawn after every epoch, of 3 or of 30: in the end one empty output, and what was printed."""
+    """Drawn after every epoch, of 2 or of 9: in the end one empty output, and what was printed."""
     for name in ("TQDM_DISABLE", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)
     sizes = []
-    for epochs in (3, 30):
+    for epochs in (2, 9):
         cells = ["from sidae_lib import figures, train\ndrawn = []\nfigures_of = figures._figure",
                  "with figures.live(seconds=0):\n    train.LISTENERS.append(lambda c, h: drawn.append(len(h)))\n    "
                  + CODE.format(epochs=epochs).replace("\n", "\n    ") + "train.LISTENERS.pop()", "print(drawn)"]  # fmt: skip
