@@ -335,6 +335,11 @@ VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4
     "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
     "none": Views((), ()),
 }
+for _name, _ops in (("simsiam_cifar", _CIFAR), ("simsiam_grey", _GREY)):  # for images whose class an op would hide
+    for _without, _kinds in (("flip", Flip), ("colour", (ColorJitter, Greyscale)),
+                             ("flip_colour", (Flip, ColorJitter, Greyscale))):  # fmt: skip
+        _left = tuple(op for op in _ops if not isinstance(op, _kinds))
+        VIEWS[f"{_name}_without_{_without}"] = Views(_left, _left)
 
 
 def check(name: str) -> None:

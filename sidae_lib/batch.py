@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import nbformat
 import papermill
 from ipykernel.kernelspec import write_kernel_spec
+from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 
 from . import paths
@@ -144,6 +145,16 @@ def _silence(log: Path) -> Iterator[None]:
             os.close(old)
 
 
+def render(nb: nbformat.NotebookNode) -> str:
+    """A notebook as one HTML page that holds all its images; a figure's alt text is its cell's metadata `alt`, which the
+    exporter's own template leaves out."""
+    template = """{% extends "index.html.j2" %}{% block data_png scoped %}{% set alt = cell.metadata.alt or "" %}
+    {{- super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ', 1) }}{% endblock %}"""
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"alt.html.j2": template})], template_file="alt.html.j2",
+                            embed_images=True)  # fmt: skip
+    return exporter.from_notebook_node(nb, {"metadata": {"path": str(paths.ROOT / "notebooks")}})[0]
+
+
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds: float | None) -> str:
     """Runs one notebook into `out` and its HTML beside it. Returns "" or, in one line, why it failed."""
     failure = ""
@@ -155,8 +166,7 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds
     except Exception as e:  # a dead kernel, a cell beyond its time: the next notebook may still do
         traceback.print_exc()
         failure = f"{type(e).__name__}: {e}"
-    html, _ = HTMLExporter().from_notebook_node(nbformat.read(out, as_version=4))
-    out.with_suffix(".html").write_text(html, encoding="utf-8")
+    out.with_suffix(".html").write_text(render(nbformat.read(out, as_version=4)), encoding="utf-8")
     return failure.strip().partition("\n")[0]
 
 

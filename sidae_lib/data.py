@@ -458,7 +458,7 @@ def _open(name: str, folder: Path) -> Images | None:
         meta = json.loads((folder / "meta.json").read_text())
         splits = {s: Split(**{a: torch.from_numpy(np.load(folder / f"{s}-{a}.npy", mmap_mode="c")) for a in arrays})
                   for s, arrays in meta["splits"].items()}
-        return Images(name, "", meta["fingerprint"], *(tuple(meta[k]) for k in ("classes", "mean", "std")), splits)
+        return Images(name, "", meta["fingerprint"], *(tuple(meta[k]) for k in ("classes", "mean", "std")), splits)  # type: ignore[call-arg]
     except (OSError, EOFError, ValueError, KeyError):
         return None
 

@@ -1,5 +1,6 @@
 """What each figure needs: scale in, configs out. A figure's function here has the name of its notebook and its files."""
 
+import math
 import os
 import warnings
 from collections import defaultdict
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from . import data, methods, runs
+from . import data, methods, own, runs
 from .config import EvalConfig, RunConfig, SidaeError
 
 
@@ -101,10 +102,10 @@ def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunC
         fields |= {"epochs": s.supervised_epochs, "lr": 0.05, "batch": 256, "weight_decay": 0.0, "schedule": "constant",
                    "augment": "none"}  # fmt: skip
     else:
-        if dataset not in s.epochs:
+        if dataset not in s.epochs and "epochs" not in changes:
             raise SidaeError(f"Scale {scale} has no length for {dataset!r}; its sets are {', '.join(s.epochs)}.")
         pipeline, recipe = methods.METHODS[method].axes.augment, RECIPES.get(method, {})
-        fields |= {"epochs": s.epochs[dataset], "pool": s.pool.get(dataset, 0),
+        fields |= {"epochs": s.epochs.get(dataset), "pool": s.pool.get(dataset, 0),
                    "augment": "simsiam_grey" if pipeline == "simsiam_cifar" and dataset in GREY else pipeline}  # fmt: skip
         for k, v in recipe.items():
             cap = s.run.get("hidden", v) if k in ("dim", "hidden", "pred_hidden") else v
@@ -292,8 +293,32 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
                    for r in found for kind in ("logistic", "knn")[: 1 if methods.varied(r) else 2]]
 
 
+def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), plan: own.Plan | None = None
+                    ) -> Needs:  # fmt: skip
+    """Notebook 10: three methods, the untrained network and, for each number of labels, a supervised one of as many
+    steps. A seed draws the labels too, so that intervals over seeds hold for the choice of the labels."""
+    name, seeds = (datasets or scale_of(scale).datasets)[0], seeds or (0, 1, 2)
+    images = data.load(name)
+    plan = plan or own.plan(images, run("sidae", name, scale, epochs=1, pool=0), own.STEPS[scale], seeds=seeds)
+    every, runs, evals = len(images.split("train").images), [], []
+    for seed in seeds:
+        for method in ("sidae", "simsiam", "dae", "untrained"):
+            r = run(method, name, scale, seed, **({} if method == "untrained" else plan.fields))
+            runs.append(r)
+            evals += [EvalConfig(run=r, kind="logistic", C=0.1, label_count=count % every, label_seed=seed)
+                      for count in plan.counts]
+        for count in plan.counts:
+            chosen = {"label_count": count % every, "label_seed": seed}
+            epochs = max(1, round(plan.steps / math.ceil(count / 256)))
+            r = run("supervised", name, scale, seed, epochs=min(epochs, 200), **chosen)
+            runs.append(r)
+            evals.append(EvalConfig(run=r, kind="classifier", **chosen))
+    return runs, evals
+
+
 FIGURES: dict[str, Callable[..., Needs]] = {f.__name__: f for f in (
-    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, five_axes)}
+    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, five_axes,
+    your_own_images)}
 
 
 def figure(name: str) -> Callable[..., Needs]:
@@ -305,7 +330,7 @@ def figure(name: str) -> Callable[..., Needs]:
 def evaluations(scale: str) -> list[EvalConfig]:
     """All evaluations of all figures at a scale, as far as their image sets are there or known."""
     found: dict[EvalConfig, None] = {}
-    for build in FIGURES.values():
+    for build in (f for f in FIGURES.values() if f is not your_own_images):  # whose labels are no shares of a paper's set
         with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
             found |= dict.fromkeys(build(scale)[1])
     return list(found)

@@ -4,6 +4,9 @@ import base64
 import html
 import io
 import os
+import sys
+import textwrap
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +18,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from . import data, methods, paths, published
-from .config import RunConfig
+from . import data, methods, paths, published, train
+from .config import RunConfig, SidaeError
 from .train import device_of, provenance, write
 
 # Okabe & Ito's colours, then Tol's and Brewer's dark ones, one per method in every figure; baselines are grey lines
@@ -127,7 +130,7 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
     fig.text(0.995, 0.003, "\n".join(lines), ha="right", va="bottom", fontsize=6,
              color="#7F0000" if scale != "paper" else "#444444")
     below = 0.12 * len(lines) / fig.get_figheight()  # room for these lines
-    fig.get_layout_engine().set(rect=(0, below, 1, 1 - below))
+    fig.get_layout_engine().set(rect=(0, below, 1, 1 - below))  # type: ignore[call-arg]
     folder = paths.figures(scale)
     write(folder / f"{name}.csv", table.to_csv(index=False).encode())
     for suffix, metadata in (("svg", {"Date": None}), ("png", None)):
@@ -278,7 +281,7 @@ def tsne(table: pd.DataFrame) -> Figure:
         if len(classes) <= 20:
             _legend(fig, axes.flat[:1], 6)
             for handle in fig.legends[0].legend_handles:
-                handle.set_sizes([20])
+                handle.set_sizes([20])  # type: ignore[attr-defined]
     return fig
 
 
@@ -364,6 +367,130 @@ def accuracy_vs_cost(table: pd.DataFrame) -> Figure:
         handles = {h.get_label(): h for h in ax.get_legend_handles_labels()[0]}
         fig.legend(handles=handles.values(), loc="outside right center", fontsize=7)
     return fig
+
+
+def your_own_images(table: pd.DataFrame) -> Figure:
+    """The learning curve of notebook 10 from `summary`: accuracy against the number of labels, standard-error bands."""
+    with _figure(4.4, 2.9) as fig:
+        ax = fig.subplots()
+        for method, name in {m: n for m, n in NAMES.items() if m in set(table["method"])}.items():
+            line = table[table["method"] == method].sort_values("n_train")
+            style = {"supervised": "--", "untrained": ":"}.get(method, "-")
+            ax.plot(line["n_train"], line["mean"], ls=style, marker=MARKERS.get(method), ms=3, lw=1.2,
+                    color=COLOURS[method], label=name)
+            ax.fill_between(line["n_train"], line["mean"] - line["se"], line["mean"] + line["se"],
+                            color=COLOURS[method], alpha=0.15, lw=0)
+        ax.set_xscale("log")
+        ticks = sorted(set(table["n_train"]))
+        ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        ax.minorticks_off()
+        ax.set(xlabel="labels", ylabel="test accuracy (%)", title=f"{table['display'].iloc[0]}: how far the labels reach")
+        fig.legend(loc="outside upper center", ncols=5, fontsize=7)
+    return fig
+
+
+def findings(record: dict[str, Any]) -> list[str]:
+    """What a run record says about its training, in sentences: what it means and what to change, the gravest first.
+
+    Raises SidaeError where nothing was trained, or by a version that kept too little to tell.
+    """
+    epochs, start = record["epochs"], record.get("untrained")
+    if not start:
+        raise SidaeError("This record holds nothing to diagnose: nothing was trained, or by an older version; run it anew.")
+    config, first, last = RunConfig.from_dict(record["config"]), epochs[0], epochs[-1]
+    cls, out = methods.METHODS[config.method], []
+    healthy = config.dim**-0.5 if "dim" in cls.reads else first["z_std"]
+    usual = 0.05 * config.batch / 256  # SimSiam's rule (arXiv:2011.10566, Sec. 3)
+    if start["feature_rank"] < 1:
+        out.append("The images are all alike to the untrained network: look at the data, nothing can be learned from them.")
+    if not cls.labels and (last["z_std"] < 0.8 * healthy or last["rank"] < 0.35 * first["rank"]):
+        out.append(f"Collapse: the projections gather in ever fewer directions, effective rank {last['rank']:.1f} of first "
+                   f"{first['rank']:.1f}, z_std {last['z_std']:.3f} of a healthy {healthy:.3f}.")  # fmt: skip
+        if config.lr > 8 * usual:
+            out.append(f"lr {config.lr:g} is {config.lr / usual:.0f} times the usual 0.05 batch / 256: lower it.")
+        elif first["z_std"] < 0.3 * healthy:
+            out.append("They never spread: BatchNorm is missing in the projector or does not see the whole batch.")
+        else:
+            out.append("If the method predicts one view from the other, check that the target's gradient is stopped.")
+    knn, was = last.get("knn"), start.get("knn")
+    if knn is not None and was is not None:
+        error = 100 * (was * (100 - was) / 1e4 / min(256, record["images"] / config.epochs)) ** 0.5
+        if knn < was - 3 * error:
+            out.append(f"Neighbours became worse, {knn:.0f} % of the same class against {was:.0f} % untrained: what is "
+                       "learned is not the class. Check that no augmentation hides it, then lr.")  # fmt: skip
+        elif knn < was + 3 * error:
+            out.append(f"Neighbours are no better than the untrained network's, {knn:.0f} and {was:.0f} % of the same class"
+                       + (f", after {record['steps']} steps: train longer." if record["steps"] < 5000 else "."))
+    if not out:
+        out.append("Healthy: the projections keep their spread" + (
+            f", and {knn:.0f} % of the neighbours are of the same class, {was:.0f} % untrained." if knn is not None else "."))
+    paper = RunConfig(method="sidae", data="")
+    small = [f"{n} {getattr(config, n)} for {getattr(paper, n)}" for n in ("width", "epochs", "batch", "pool")
+             if not cls.labels and getattr(config, n) != getattr(paper, n)]  # fmt: skip
+    return [*out, f"Published accuracies are not to be expected with {', '.join(small)} (pool 0: all)."] if small else out
+
+
+def diagnose(record: dict[str, Any]) -> Figure:
+    """One run's training: loss terms, spread and effective rank of the projection, gradients, learning rate and the
+    nearest neighbours beside the untrained network's; below, the `findings`."""
+    sentences, config, start = findings(record), RunConfig.from_dict(record["config"]), record["untrained"]
+    epochs = pd.DataFrame(record["epochs"]).set_index("epoch")
+    terms = [c for c in epochs if c == "loss" or c.startswith("l_")]
+    gradients = [c for c in epochs if c.startswith("grad_")]
+    dim = config.dim if not methods.METHODS[config.method].labels else None
+    with _figure(7.2, 4.4) as fig:
+        axes = fig.subplots(2, 3).ravel()
+        for ax, names, title in zip(axes, (terms, ["z_std"], ["rank"], gradients, ["lr"], ["knn"]), (
+                "loss and its terms", "spread of the projection, z_std", "effective rank of the projection",
+                "gradient norm at the epoch's end", "learning rate", "nearest neighbour of the same class (%)")):  # fmt: skip
+            for name in (n for n in names if n in epochs):
+                line = epochs[name].dropna()
+                ax.plot(line.index, line, marker=".", ms=3, lw=1, color=PARTS.get(name.removeprefix("grad_")),
+                        label=name.removeprefix("grad_"))
+            ax.set_title(title)
+            ax.set_xlabel("epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        for ax, y, text in ((axes[1], dim and dim**-0.5, "healthy"), (axes[5], start.get("knn"), "untrained")):
+            if y:
+                ax.axhline(y, ls=":", color=COLOURS["untrained"], lw=1, label=text)
+        axes[1].set_ylim(0)
+        axes[2].set_ylim(0)
+        axes[3].set_yscale("log")
+        for ax in fig.axes:
+            if len(ax.lines) > 1:
+                ax.legend(fontsize=6)
+        fig.supxlabel(textwrap.fill(" ".join(sentences), 130), fontsize=7, ha="left", x=0.01)
+    return fig
+
+
+@contextmanager
+def live(seconds: float = 5.0) -> Iterator[None]:
+    """While this is open in a notebook, the loss and z_std of the run in training stand below the cell: one output, drawn
+    anew at most every few seconds and taken away at the end. Elsewhere, and where TQDM_DISABLE is set, nothing happens."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel") or "TQDM_DISABLE" in os.environ:
+        yield
+        return
+    from IPython.display import display
+
+    shown, drawn = display({"text/plain": ""}, raw=True, display_id=True), time.monotonic()
+
+    def draw(config: RunConfig, history: list[dict[str, Any]]) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > seconds:
+            with _figure(5, 1.8) as fig:
+                for ax, name in zip(fig.subplots(1, 2), ("loss", "z_std")):
+                    ax.plot([h["epoch"] for h in history], [h[name] for h in history], color=COLOURS.get(config.method))
+                    ax.set(xlabel="epoch", title=f"{config.method} {config.key()[:6]}, seed {config.seed}: {name}")
+            shown.update(fig)
+            drawn = time.monotonic()
+
+    train.LISTENERS.append(draw)
+    try:
+        yield
+    finally:
+        train.LISTENERS.remove(draw)
+        shown.update({"text/plain": ""}, raw=True)
 
 
 def layers(config: RunConfig) -> pd.DataFrame:

@@ -286,3 +286,15 @@ def z_std(total: Tensor, square: Tensor, n: int | Tensor) -> Tensor:
     total, square: (D,) sums of z/|z| and of its square over n samples (float64). Source: SimSiam Fig. 2.
     """
     return (square / n - (total / n).square()).clamp(min=0).sqrt().mean()
+
+
+@torch.no_grad()
+def effective_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the shares of variance along the principal axes of x (B, D): 1 = a line, min(B - 1, D) = all
+    directions alike, 0 = a single point. Source: Roy & Vetterli, EUSIPCO 2007, with eigenvalues for singular values."""
+    x = x.double()
+    centred = x - x.mean(0)
+    if centred.square().sum() <= 1e-10 * x.square().sum():  # rounding
+        return centred.new_zeros(())
+    share = torch.linalg.eigvalsh(centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred).clamp(min=0)
+    return torch.special.entr(share / share.sum()).sum().exp()

@@ -31,6 +31,7 @@ from .data import Images, subset
 
 CHECKPOINT_SECONDS = 60.0
 _SEEDING = threading.Lock()
+LISTENERS: list[Callable[[RunConfig, list[dict[str, Any]]], None]] = []  # called after every epoch with the history so far
 
 
 class Stopped(SidaeError):
@@ -101,7 +102,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
     cuda = device.type == "cuda"
     return {
-        "package": __version__, "commit": git.stdout.strip() or None, "torch": torch.__version__,
+        "package": __version__, "commit": git.stdout.strip() or None, "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -211,6 +212,8 @@ class Run:
         self.support = config.support if "support" in self.method.reads else 0
         self.step, self.sums, self.history, self.seconds = 0, {}, [], 0.0
         self.files: dict[str, str] = {}  # name -> sha256 of each backbone kept so far
+        few = subset(len(self.pairs), count=min(256, len(self.pairs)), seed=0)
+        self.monitored = self.pairs[few, 0].to(device)  # the images that `monitor` looks at
         self.set_mode(compile_mode(config, device, self.steps))
 
     def set_mode(self, mode: str) -> None:
@@ -234,7 +237,21 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             out = self.method.loss(views, batch)
         zn = F.normalize(out.pop("z").float(), dim=1)
-        return out, {"z": zn.sum(0), "zz": zn.square().sum(0)}
+        return out, {"z": zn.sum(0), "zz": zn.square().sum(0), "rows": zn[:256]}
+
+    @torch.no_grad()
+    def monitor(self) -> dict[str, float]:
+        """Of at most 256 training images as they are: the effective rank of their features, and where they have labels
+        `knn`, percent whose nearest neighbour by cosine is of their class. It is looked at, never trained on."""
+        x = ((self.images[self.monitored] / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        self.method.eval()
+        h = self.method.features(x).float()
+        self.method.train()
+        out = {"feature_rank": networks.effective_rank(h).item()}
+        if self.labels is not None:
+            h, y = F.normalize(h, dim=1), self.labels[self.monitored]
+            out["knn"] = 100 * (y[(h @ h.T).fill_diagonal_(-2).argmax(1)] == y).double().mean().item()
+        return out
 
     def _loaded(self, *given: Any) -> tuple[dict, dict]:
         """The compiled forward pass; a cached file that a killed compiler left broken is removed and compiled again."""
@@ -271,6 +288,7 @@ class Run:
     def advance(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> None:
         """One optimiser step on samples a to b of a drawn epoch."""
         out, moments = self._loaded(*self.samples(drawn, a, b))
+        self.rows = moments.pop("rows")
         self.optimizer.zero_grad()
         out["loss"].backward()
         lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
@@ -368,6 +386,7 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     born = provenance(device)
     path = folder / "checkpoint.safetensors"
     keep = {*checkpoints, config.epochs}
+    untrained = run.monitor() if run.steps else {}
     if path.exists():
         run.restore(path)
         passed = {backbone_name(e) for e in keep if e * len(run.bounds) <= run.step}
@@ -380,7 +399,8 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
             _loop(run, path, keep, stop, deadline)
     return {
         "config": config.to_dict(), "key": config.key(), "data": {"name": images.name, "display": images.display},
-        "epochs": run.history, "steps": run.steps, "images": sum(b - a for a, b in run.bounds) * config.epochs,
+        "untrained": untrained, "epochs": run.history,
+        "steps": run.steps, "images": sum(b - a for a, b in run.bounds) * config.epochs,
         "seconds": round(run.seconds, 3), "mode": run.mode, "files": dict(sorted(run.files.items())),
         "provenance": born,
     }  # fmt: skip
@@ -442,6 +462,12 @@ def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[s
     total, square = run.sums.pop("z"), run.sums.pop("zz")
     spread = networks.z_std(total, square, n).item()
     line = {"epoch": epoch} | {k: (v / n).item() for k, v in run.sums.items()} | {"z_std": spread} | gauges
+    line["lr"] = lr_at(run.step - 1, run.steps, run.config.lr, run.config.schedule)  # as the norms: of the last step
+    for name, part in run.method.named_children():
+        if grads := [p.grad for p in part.parameters() if p.grad is not None]:
+            line[f"grad_{name}"] = torch.nn.utils.get_total_norm(grads).item()
+    if epoch in (1, run.config.epochs) or epoch % math.ceil(run.config.epochs / 5) == 0:  # a few times, to cost nothing
+        line |= {"rank": networks.effective_rank(run.rows).item()} | run.monitor()
     seconds = run.seconds - sum(h["seconds"] for h in run.history)
     line |= {"seconds": round(seconds, 4), "images_per_second": round(n.item() / seconds, 1)}
     if spread < 0.1 / math.sqrt(len(total)) and not run.method.labels:
@@ -451,6 +477,8 @@ def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[s
                           f"{1 / math.sqrt(len(total)):.2g}. Check stop-gradient, BatchNorm and lr.", stacklevel=2)  # fmt: skip
     run.history.append(line)
     run.sums = {}
+    for listener in LISTENERS:
+        listener(run.config, run.history)
     bar.set_postfix(loss=f"{line['loss']:.3f}", z_std=f"{spread:.3f}", images_s=f"{line['images_per_second']:.0f}")
     if epoch in keep:
         run.save_backbone(folder, epoch)

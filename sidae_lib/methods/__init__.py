@@ -84,6 +84,3 @@ def varied(config: RunConfig) -> dict[str, str]:
 def five_axes() -> dict[str, Axes]:
     """Method name -> its five choices (arXiv:2009.00104), read from the classes; a composed method's are its config's."""
     return {name: cls.axes for name, cls in METHODS.items() if cls is not Composed}
-
-
-__all__ = ["METHODS", "Axes", "Method", "build", "check", "compose", "five_axes", "varied"]

@@ -60,7 +60,7 @@ class SidAE(Method):
             return {}
         z = [self.projector(self.backbone(v)).detach().requires_grad_() for v in views]
         return {k.replace("l_", "grad_"): torch.cat(torch.autograd.grad(term, z)).norm()
-                for k, term in self.terms(*z, views, batch).items()}
+                for k, term in self.terms(*z, views, batch).items()}  # type: ignore[call-arg]
 
     def targets(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         t = (batch["x1"], batch["x2"]) if self.config.recon_target == "clean" else views

@@ -1,0 +1,98 @@
+"""Pre-training as a scikit-learn transformer: images in, features of the backbone out."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+
+from . import data, evaluate, methods, networks, train
+from .config import RunConfig
+from .data import Images, Split
+
+
+class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Features learned without labels, for any scikit-learn pipeline.
+
+    X: (N, H, W) or (N, H, W, C) with C = 1 or 3; or (N, F), where a row of S * S values is an image of S x S pixels and
+    any other an image of one line (as `load_digits().data`). uint8, or numbers, whose range in `fit` becomes black to
+    white. Images are resized to 32 x 32. `transform` returns (N, F) float32.
+
+    method: sidae, simsiam or dae.  w: SidAE's loss weight.  epochs, batch: of pre-training; the batch is cut to N.
+    width: channels of ResNet-18's first stage, F = 8 width; "small" is the 181,000-parameter network, F = 32.
+    augment: a name in `augment.VIEWS`, "auto" chooses by the channels.  random_state: as everywhere in scikit-learn.
+    """
+
+    def __init__(self, method: str = "sidae", *, w: float = 0.5, epochs: int = 20, batch: int = 128, lr: float = 0.03,
+                 width: int | str = 16, augment: str = "auto", device: str = "auto", random_state: Any = None):
+        self.method, self.w, self.epochs, self.batch, self.lr = method, w, epochs, batch, lr
+        self.width, self.augment, self.device, self.random_state = width, augment, device, random_state
+
+    def fit(self, X: Any, y: Any = None) -> "SidAEFeatures":
+        """Pre-trains on X; y is ignored."""
+        X = self._validated(X, reset=True)
+        self.low_, self.high_ = (0.0, 255.0) if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
+        x = self._images(X)
+        small = self.width == "small"
+        dim, heads = (64, (16, 64)) if small else (16 * int(self.width), (4 * int(self.width), 8 * int(self.width)))
+        fields: dict[str, Any] = {"dim": dim, "hidden": dim, "pred_hidden": heads[0], "decoder": heads[1], "w": self.w}
+        reads = methods.METHODS[self.method].reads if self.method in methods.METHODS else fields
+        seed = self.random_state if isinstance(self.random_state, int) else check_random_state(
+            self.random_state).randint(2**31)
+        grey = bool((x == x[:, :1]).all())
+        config = RunConfig(
+            method=self.method, data=hashlib.sha256(x.numpy()).hexdigest()[:16], seed=int(seed), epochs=self.epochs,
+            batch=min(self.batch, len(x)), lr=self.lr, backbone="small_cnn" if small else "resnet18",
+            width=64 if small else int(self.width), **{k: v for k, v in fields.items() if k in reads},
+            augment=("simsiam_grey" if grey else "simsiam_cifar") if self.augment == "auto" else self.augment)
+        images = Images("array", "array", config.data, (), *data._statistics(x.numpy()), {"train": Split(x)})
+        with tempfile.TemporaryDirectory() as folder:
+            self.record_ = train.pretrain(config, images, Path(folder), device=train.device_of(self.device))
+            self.weights_ = (Path(folder) / f"backbone-e{self.epochs:03d}.safetensors").read_bytes()
+        self._n_features_out = 32 if small else 8 * int(self.width)
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """(N, F) features of the frozen backbone. Raises NotFittedError before `fit`."""
+        check_is_fitted(self)
+        x = self._images(self._validated(X, reset=False))
+        with tempfile.TemporaryDirectory() as folder:  # the weights stay a safetensors file, also in a pickle
+            (path := Path(folder) / "backbone.safetensors").write_bytes(self.weights_)
+            net = networks.load(path)
+        where = train.device_of(self.device)
+        return evaluate.features(net.to(where), x, stats=(net.mean, net.std), device=where).cpu().numpy()
+
+    def _validated(self, X: Any, reset: bool) -> np.ndarray:
+        X = validate_data(self, X, reset=reset, allow_nd=True, dtype="numeric", ensure_min_samples=2 if reset else 1)
+        if X.ndim > 4 or X.ndim == 4 and X.shape[3] not in (1, 3):
+            raise ValueError(f"X must be (N, H, W), (N, H, W, 1 or 3) or (N, F), not {X.shape}.")
+        shape = X.shape[1:] if X.ndim > 2 else ()
+        if reset:
+            self.shape_ = shape
+        elif shape != self.shape_:
+            raise ValueError(f"X has images of {shape}, but {type(self).__name__} was fitted with {self.shape_}.")
+        return X
+
+    def _images(self, X: np.ndarray) -> torch.Tensor:
+        """Whatever X is -> uint8 (N, 3, 32, 32)."""
+        if X.ndim == 2:
+            side = round(X.shape[1] ** 0.5)
+            X = X.reshape(len(X), side, side) if side**2 == X.shape[1] else X[:, None]
+        X = X[..., None] if X.ndim == 3 else X
+        if X.dtype != np.uint8:
+            X = (X.astype(np.float64) - self.low_) / max(self.high_ - self.low_, 1e-300) * 255
+        x = torch.from_numpy(np.clip(X, 0, 255).astype(np.float32)).permute(0, 3, 1, 2)
+        x = F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
+        return x.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = []
+        tags.non_deterministic = False
+        return tags
