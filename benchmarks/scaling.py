@@ -34,5 +34,5 @@ if __name__ == "__main__":
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 16
     (up1, wall1, own1), (up2, wall2, own2) = (measured(w, n) for w in (1, 2))
     print(f"{n} runs on 1 worker {wall1:.1f} s, on 2 workers {wall2:.1f} s: {wall1 / wall2:.2f} times as fast")
-    print(f"overhead per run {(wall1 - own1) / n:.2f} s on 1 worker; training {own1 / n:.2f} s, beside another {own2 / n:.2f} s")
+    print(f"overhead per run {(wall1 - own1) / n:.2f} s on 1 worker; training {own1 / n:.2f} s, of two {own2 / n:.2f} s")
     print(f"until the workers were warm: {up1:.1f} s, {up2:.1f} s")

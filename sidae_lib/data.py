@@ -42,6 +42,7 @@ KNOWN = {  # fingerprint -> (name, display)
     "131428effbc89b28": ("cifar10", "CIFAR-10 (JPEG copy)"),
     "a194b1f1e8fabeba": ("tinyimagenet32", "Tiny ImageNet 32 (50k)"),
 }
+TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyimagenet32": 50_000}  # images of a known set
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 Image.MAX_IMAGE_PIXELS = 100_000_000  # of one image file; above is a mistake or a decompression bomb
 BLOCK = 2**24  # bytes of pixels that are resized or counted at once

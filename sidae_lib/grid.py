@@ -8,12 +8,10 @@ needed (`pip install "sidae-lib[cluster]"`).
 import os
 import queue
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 
@@ -48,15 +46,9 @@ class Result:
                 train.write(path, content)
 
 
-@lru_cache
-def _gpus() -> queue.SimpleQueue:
-    free: queue.SimpleQueue = queue.SimpleQueue()
-    for n in range(torch.cuda.device_count()):
-        free.put(n)
-    return free
-
-
-_FIRST = threading.Lock()
+_GPUS: queue.SimpleQueue = queue.SimpleQueue()  # those of this process that no run uses
+for _n in range(torch.cuda.device_count()):
+    _GPUS.put(_n)
 
 
 @contextmanager
@@ -73,14 +65,12 @@ def _slot(device: str) -> Iterator[torch.device]:
     if where.type == "cpu":
         yield where
         return
-    with _FIRST:
-        free = _gpus()
-    n = free.get()
+    n = _GPUS.get()
     try:
         torch.cuda.set_device(n)  # of this thread
         yield where
     finally:
-        free.put(n)
+        _GPUS.put(n)
 
 
 def work(version: str, job: runs.Job, given: list[Result], device: str, until: float | None, sent: set[int],
@@ -119,9 +109,8 @@ def _connect(client: "Client | str") -> "Client":
         raise SidaeError(f"No scheduler answers at {client}; start one with `dask scheduler`, or use --jobs.") from e
     wrong = {a: v for a, v in client.run(version).items() if v != __version__}
     if wrong:
-        first = next(iter(wrong))
-        raise SidaeError(f"{len(wrong)} workers have another sidae-lib: {first} has {wrong[first]}, here is {__version__}; "
-                         "install the same version and start them again.")  # fmt: skip
+        named = ", ".join(f"{a} has {v}" for a, v in list(wrong.items())[:3])
+        raise SidaeError(f"{len(wrong)} workers have another sidae-lib than {__version__} ({named}); install the same.")
     return client
 
 
@@ -151,6 +140,7 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
             error = future.exception()
             if error is None:
                 result = future.result()
+                result.weights = result.weights if weights else {}  # else they were for other runs
                 result.keep(log)
                 for line in result.said:
                     log(line)

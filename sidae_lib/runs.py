@@ -301,7 +301,7 @@ def seconds_each(configs: Sequence[Config], rate: float | None = None) -> dict[R
             seen[c.kind, c.labels, c.label_count, shape(c.run)].append(r["seconds"])
         elif r["images"]:
             seen[shape(RunConfig.from_dict(r["config"]))].append(r["seconds"] / r["images"])
-    mean, sizes = {k: sum(v) / len(v) for k, v in seen.items()}, {}
+    mean = {k: sum(v) / len(v) for k, v in seen.items()}
     out: dict[RunConfig, float] = dict.fromkeys(map(_run, configs), 0.0)
     for c in configs:
         if isinstance(c, EvalConfig):
@@ -309,10 +309,8 @@ def seconds_each(configs: Sequence[Config], rate: float | None = None) -> dict[R
         elif c.epochs:
             if shape(c) not in mean and not rate:
                 return None
-            alike = c.data, c.split, c.size, c.channels, c.resize
-            if not c.pool and alike not in sizes:
-                sizes[alike] = len(_load(c.data, c).split(c.split).images)
-            n = c.label_count or c.labels * (c.pool or sizes[alike])
+            known = data.TRAINING.get(data.KNOWN.get(c.data, ("",))[0]) if c.split == "train" else None
+            n = c.label_count or c.labels * (c.pool or known or len(_load(c.data, c).split(c.split).images))
             out[c] += n * c.epochs * mean.get(shape(c), 1 / (rate or 1))
     return out
 

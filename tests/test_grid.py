@@ -304,7 +304,7 @@ def test_the_scheduler_is_lost(cluster, store):
 def test_another_version_is_refused(cluster, store):
     cluster.worker("a", preload="import sidae_lib; sidae_lib.__version__ = '0.0.9'\n")
     wait(lambda: "Registered to" in (store / "a.log").read_text())
-    with pytest.raises(SidaeError, match=f"1 workers have another sidae-lib: tcp://.* has 0.0.9, here is {__version__}"):
+    with pytest.raises(SidaeError, match=f"1 workers have another sidae-lib than {__version__} .tcp://.* has 0.0.9"):
         runs.fetch_all([run(0)], client=cluster.address, device="cpu", log=lambda _: None)
 
 
