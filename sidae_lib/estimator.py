@@ -94,5 +94,4 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = []
-        tags.non_deterministic = False
         return tags

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
     address, client, own = client, _connect(client), isinstance(client, str)
     until = None if deadline is None else time.time() + deadline - time.monotonic()
     started_from = {run for job in jobs for run in runs.dependencies(job.run)}
-    futures: dict[RunConfig, object] = {}
+    futures: dict[RunConfig, Any] = {}
     try:
         gpus = any(w["resources"].get("GPU") for w in client.scheduler_info(n_workers=-1)["workers"].values())
         for job in jobs:

@@ -141,6 +141,7 @@ def notebook(browser, lab):
 
     yield opener
     for nb in opened:
+        nb.screenshot("last_seen")
         nb.page.close(run_before_unload=False)
 
 
@@ -190,7 +191,8 @@ def test_the_stop_button_and_on(home, notebook):
     nb = notebook("stop.ipynb")
     nb.menu("Run", "Run All Cells")
     training = nb.cell("runs.fetch_all")
-    training.locator(".jp-OutputArea [role=progressbar], .jp-OutputArea progress").first.wait_for()  # it shows itself
+    training.get_by_text(re.compile(r"simsiam \w{6}: +\d+%")).first.wait_for()  # its progress shows
+    nb.screenshot("progress")
     time.sleep(2)
     nb.page.locator("[data-command='notebook:interrupt-kernel'], [data-jp-item-name='interrupt']").first.click()
     stopped = training.get_by_text("the same call goes on from there")
