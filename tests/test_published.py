@@ -9,7 +9,7 @@ from sidae_lib import experiments, figures, published
 
 ROW = {"data": "cifar10", "display": "CIFAR-10", "pretrain": "CIFAR-10", "pretrain_name": "cifar10", "w": 0.5,
        "augment": "simsiam_cifar", "target": "standardised, mean", "scored": "test", "kind": "linear", "n_train": 500,
-       "input": "none"}
+       "input": "none", "varied": ""}
 
 
 def row(method, seed, accuracy, epoch=200, labels=0.01, **changes):
@@ -148,8 +148,8 @@ def test_balance_weighs_the_gradients():
 
 def paired(gains, pairs="mined", **changes):
     """SidAE without pairs at 50, and with them at 50 plus a gain for each seed."""
-    return [r for s, g in enumerate(gains) for r in (
-        row("sidae", s, 50.0, kind="logistic", **changes), row(f"sidae + 700 {pairs}", s, 50.0 + g, kind="logistic", **changes))]
+    both = (("sidae", 0), (f"sidae + 700 {pairs}", 1))
+    return [row(m, s, 50.0 + k * g, kind="logistic", **changes) for s, g in enumerate(gains) for m, k in both]
 
 
 def test_pairs_against_none_by_epoch():
