@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -147,6 +148,18 @@ def growth(bench: Bench) -> Rows:
         return measure(bench, points)
 
 
+def mining(bench: Bench) -> Rows:
+    """`seconds_million`: what a million images would take, from this rate of pairs (exact) or of images (index)."""
+    for n in (500,) if bench.quick else (5_000, 50_000) + (1_000_000,) * (bench.device.type == "cuda"):
+        for neighbours in (0, 10, 50) if find_spec("hnswlib") and n <= 50_000 else (0,):
+            with fresh() as process:
+                row = process.submit(c.mine_once, n, neighbours, bench.device).result()
+            power = 1 if neighbours else 2
+            row = {"what": f"HNSW, {neighbours} neighbours" if neighbours else "exact", "unit": "seconds", "at": n,
+                         "median": row.pop("seconds"), "n": 1, **row}  # fmt: skip
+            yield row | {"seconds_million": row["median"] * (1e6 / n) ** power}
+
+
 def floor(bench: Bench) -> Rows:
     cuda = bench.device.type == "cuda"
     sizes = (64, 128) if bench.quick else (512, 1024, 2048, 4096) + (8192, 16384) * cuda
@@ -170,7 +183,7 @@ def floor(bench: Bench) -> Rows:
 
 SECTIONS: dict[str, Callable[[Bench], Rows]] = {
     "pretrain": pretrain, "sidae": sidae, "narrow": narrow, "augment": augmentation, "probe": probe, "growth": growth,
-    "floor": floor}  # fmt: skip
+    "pairs": mining, "floor": floor}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """What is compared: our step and pipeline, and what users would pick instead, each as a warmed-up repeat."""
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,11 +20,55 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from sidae_lib import augment, data, experiments, figures, methods, paths, runs, train
+from sidae_lib import augment, data, experiments, figures, methods, pairs, paths, runs, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images, Split
 
 from .timing import Bench, Repeat, Row, peak
+
+
+def embeddings(n: int, device: torch.device, dim: int = 256) -> Tensor:
+    """n embeddings in groups of about 25 around random directions, as images of a kind lie: a few near, most far."""
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(max(2, n // 25), dim, generator=g)
+    z = torch.randn(n, dim, generator=g) * torch.empty(n, 1).uniform_(0.2, 1.5, generator=g)
+    return z.add_(centres[torch.randint(len(centres), (n,), generator=g)]).to(device)
+
+
+def approximate(z: Tensor, neighbours: int, low: float) -> Tensor:
+    """Codes i n + j, i < j, of the pairs of cosine >= low that an HNSW index (arXiv:1603.09320) finds when each of the n
+    rows asks for its nearest `neighbours`; for `pairs.mine` it would take the place of comparing all with all."""
+    import hnswlib
+
+    e, n = nn.functional.normalize(z, dim=1).cpu(), len(z)
+    index = hnswlib.Index("ip", z.shape[1])
+    index.init_index(n, M=16, ef_construction=200, random_seed=0)
+    index.set_num_threads(torch.get_num_threads())
+    index.add_items(e.numpy())
+    index.set_ef(2 * neighbours)
+    j, distance = (torch.from_numpy(t) for t in index.knn_query(e.numpy(), min(neighbours + 1, n)))
+    i, j = torch.arange(n)[:, None].expand(j.shape), j.long()
+    return (i.minimum(j) * n + i.maximum(j))[(i != j) & (1 - distance >= low)].unique()
+
+
+def mine_once(n: int, neighbours: int, device: torch.device) -> Row:
+    """All pairs in the band of the n RATIO highest cosines, exact (neighbours 0) or by an index, with its recall."""
+    z = embeddings(n, device)
+    exact, low, row = None, 0.0, {}
+    if neighbours:
+        exact = pairs.mine(z, k=n, low=-1.0, high=1.0, count=round(pairs.RATIO * n))
+        low = exact.score.min().item()
+    held, began = int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]), time.perf_counter()
+    if exact is None:
+        found = pairs.mine(z, k=n, low=-1.0, high=1.0, count=round(pairs.RATIO * n))
+        row = {"pairs": len(found.i), "above_mib": 1024 * peak(device)["host_gib"] - held / 1024}
+    else:
+        found = approximate(z, neighbours, low)
+        row = {"pairs": len(found), "recall": torch.isin((exact.i * n + exact.j).cpu(), found).double().mean().item()}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    return row | {"seconds": seconds} | ({} if neighbours else {"pairs_per_second": n * (n - 1) / 2 / seconds})
 
 
 def noise(n: int) -> Images:

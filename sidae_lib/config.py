@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
 
@@ -46,7 +47,9 @@ class _Config:
             if kind is float and type(value) in (int, float):
                 self._require(abs(value) < 1e300, f"{name} must be a finite number, not {value}.")
                 object.__setattr__(self, name, value := value + 0.0)  # 1 and 1.0 are one run, 0.0 and -0.0 too
-            if choices := get_args(kind):
+            if NoneType in (choices := get_args(kind)):
+                self._require(isinstance(value, choices), f"{name} must be a {choices[0].__name__} or None, not {value!r}.")
+            elif choices:
                 self._require(value in choices, f"Unknown {name} {value!r}; choose from {', '.join(choices)}.")
             else:
                 self._require(type(value) is kind, f"{name} must be {kind.__name__}, not {value!r}.")
@@ -71,8 +74,8 @@ class _Config:
         """Inverse of `to_dict`. Raises SidaeError on an unknown field or a wrong type."""
         if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
             raise SidaeError(f"A {cls.__name__} is a JSON object, not {type(d).__name__}.")
-        hints = get_type_hints(cls)
-        return cls.create(**{k: getattr(hints.get(k), "from_dict", lambda v: v)(v) for k, v in d.items()})
+        kinds = {k: next(iter(get_args(hint)), hint) for k, hint in get_type_hints(cls).items()}  # of `X | None` it is X
+        return cls.create(**{k: v if v is None else getattr(kinds.get(k), "from_dict", lambda v: v)(v) for k, v in d.items()})
 
     def replace(self, **changes):
         """A copy with some fields changed. Raises SidaeError on an unknown field."""
@@ -129,6 +132,16 @@ class RunConfig(_Config):
     label_count: int = 0  # supervised only: number of labels instead of a share; 0 = use `labels`
     label_seed: int = 0  # one subset for all runs and methods (Sec. 4.1)
     augment: str = "simsiam_cifar"  # a name in augment.VIEWS; open there: blur kernel 9, sigma U(0.1, 2)
+    # semantic pairs of two images, trained on beside every image's own two views (SePP-ID, TMLR 04/2024, Algorithm 1)
+    pairs: Literal["none", "mined", "random", "wrong", "oracle"] = "none"  # random: images again; the last two by label
+    encoder: "RunConfig | None" = None  # mined: the run whose embeddings are compared; it is trained first
+    encoder_epoch: int = -1  # its checkpoint; -1 = the last, 0 = untrained
+    pair_share: float = 0.1  # K: share of the training images among which pairs are sought
+    pair_seed: int = 0  # draws the K images and the controls
+    pair_low: float = 0.97  # mined: least and largest cosine; they belong to one encoder
+    pair_high: float = 0.99
+    pair_count: int = 0  # how many pairs, the highest cosines first; 0 = all between the thresholds
+    pair_weight: float = 1.0  # lambda of eq. 2, in (0, 1]: how often a pair is drawn, an image being drawn once
     # network
     backbone: Literal["resnet18", "resnet34", "small_cnn", "amdim", "patches18", "patches34"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool, the accuracy points to it
@@ -152,7 +165,7 @@ class RunConfig(_Config):
     queue: int = 4096  # embeddings of earlier batches
     symmetric: bool = False  # MoCo: either view asks, the sum of both directions
     splits: int = 8  # MoCo: parts of the batch that BatchNorm sees apart
-    leave_out: Literal["same", "none"] = "same"  # which images besides the anchor's own views are no negatives, by id
+    leave_out: Literal["same", "none", "partners"] = "same"  # what besides the anchor's own views is no negative, by id
     prototypes: int = 2048  # DINO: size of the last layer
     support: int = 1  # FNC: views beside the two, that find false negatives, and are anchors and positives too
     top: int = 10  # FNC: at most so many false negatives (views) an image
@@ -189,12 +202,33 @@ class RunConfig(_Config):
             object.__setattr__(self, "extract", "")
         self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder", "tau", "queue", "splits",
                                "prototypes", "top", "depth", "clip"),
-                     not_negative=("epochs", "pool", "support", "method_recipe", "augment_recipe"))  # fmt: skip
+                     not_negative=("epochs", "pool", "support", "pair_count", "method_recipe", "augment_recipe"))  # fmt: skip
+        self._check_pairs()
         self._require(0 <= self.w <= 1, f"w must lie in [0, 1] (0 = autoencoder, 1 = SimSiam), got {self.w}.")
         self._require(0 <= self.ema <= 1, f"ema must lie in [0, 1], got {self.ema}.")
         self._require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}.")
         self._require(0 <= self.warmup < 1, f"warmup is a share of the steps in [0, 1), got {self.warmup}.")
         self._require(0 <= self.beta2 < 1, f"beta2 must lie in [0, 1), got {self.beta2}.")
+
+    def _check_pairs(self) -> None:
+        e, mined, none = self.encoder, self.pairs == "mined", self.pairs == "none"
+        if e and self.encoder_epoch == e.epochs:
+            object.__setattr__(self, "encoder_epoch", -1)  # one run, one key
+        for f in dataclasses.fields(self):
+            unread = none or not mined and f.name in ("encoder", "encoder_epoch", "pair_low", "pair_high")
+            self._require(not (unread and f.name.startswith(("encoder", "pair_"))) or getattr(self, f.name) == f.default,
+                          f"pairs {self.pairs!r} does not read {f.name}; leave it at its default, {f.default!r}.")  # fmt: skip
+        for ok, sentence in (
+            (not mined or e, "Mined pairs need an encoder, the RunConfig of the run that finds them."),
+            (none or mined or self.pair_count, f"pairs {self.pairs!r} needs a pair_count above 0."),
+            (not none or self.leave_out != "partners", "leave_out 'partners' needs pairs."),
+            (0 < self.pair_share <= 1, f"pair_share must lie in (0, 1], got {self.pair_share}."),
+            (0 < self.pair_weight <= 1, f"pair_weight must lie in (0, 1], got {self.pair_weight}; 0 is pairs 'none'."),
+            (-1 <= self.pair_low < self.pair_high <= 1, "pair_low and pair_high must be cosines, the lower one first."),
+            (not e or (e.size, e.channels) == (self.size, self.channels), "encoder must see images of the run's shape."),
+            (-1 <= self.encoder_epoch <= (e.epochs if e else 0), "encoder_epoch must lie in 0 to the encoder's epochs."),
+        ):
+            self._require(bool(ok), sentence)
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if not (k.endswith("_recipe") and v == 1)}

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import augment, networks
+from . import augment, networks, pairs
 from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
+from .networks import features
 from .train import batches, lr_at, provenance, seeded
 
-KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne")
+KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs")
 
 
 _recent: dict[tuple, Tensor] = {}  # features lately computed
@@ -28,14 +30,6 @@ def check(config: EvalConfig) -> None:
     if config.kind not in KINDS:
         raise SidaeError(f"Unknown kind {config.kind!r}; choose from {', '.join(KINDS)}.")
     augment.check(config.augment)
-
-
-@torch.no_grad()
-def features(net: nn.Module, images: Tensor, *, stats: tuple, device: torch.device, batch: int = 250) -> Tensor:
-    """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std)."""
-    mean, std = (torch.tensor(s, device=device).view(-1, 1, 1) for s in stats)
-    chunks = (c.to(device) for c in images.split(batch))
-    return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
 
 
 def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
@@ -143,12 +137,30 @@ def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
     return out | {"neighbours": near.indices.tolist()}
 
 
+def _pairs(config: EvalConfig, x: Tensor, y: Tensor, weights: Path, device: torch.device) -> tuple[pairs.Pairs, dict]:
+    """RATIO pairs per image, those of highest cosine; `curve`: the same for other numbers of pairs; `literal`: SePP-ID's
+    own thresholds. With an augmentation its first view is embedded instead of the image as it is."""
+    if config.augment != "none":
+        generator = torch.Generator().manual_seed(epoch_seed(config.seed, 0))
+        draws, _ = augment.VIEWS[config.augment].draw(len(x), x.shape[-1], generator)
+        view = augment.apply(augment.VIEWS[config.augment].first, x, draws, torch.zeros(1), torch.ones(1))
+        x = (255 * view).round().byte()
+    z, y, n = pairs.embed(weights, x, device), y.cpu(), len(x)
+    most, own = (pairs.mine(z, k=n, low=low, high=high, count=4 * n) for low, high in ((-1.0, 1.0), (0.97, 0.99)))
+    first = lambda ratio: pairs.Pairs(*(t[: max(1, round(ratio * n))] for t in most))  # noqa: E731
+    return first(pairs.RATIO), pairs.report(first(pairs.RATIO), y) | {
+        "curve": [pairs.report(first(r), y) for r in (0.01, 0.02, 0.05, 0.14, 0.5, 1, 2, 4)], "literal": pairs.report(own, y)}
+
+
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
-    """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows.
+    """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows. Kind `pairs` mines
+    among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
     check(config)
+    if config.kind == "pairs" and "train" not in images.splits:  # a pool: its labels, where it has any, serve for this alone
+        images = replace(images, splits=dict.fromkeys(("train", "test"), images.split("unlabeled")))
     began, net = time.perf_counter(), networks.load(weights)
     net.to(device, memory_format=torch.channels_last)
     stats = (net.mean, net.std) if config.stats == "run" else (images.mean, images.std)
@@ -156,6 +168,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     split = images.split("train" if config.score_on == "val" else "test")
     y, y_test = images.split("train").labels[train].to(device), split.labels[scored].to(device)
     x, x_test, classes = images.split("train").images[train], split.images[scored], len(images.classes)
+    extra: dict[str, Any] = {}
     before = {k: v.clone() for k, v in net.state_dict().items()}
 
     def embed(pixels: Tensor) -> Tensor:
@@ -172,6 +185,11 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         if net.classifier is None or config.data:
             raise SidaeError("kind classifier scores a supervised run's own classifier, on that run's own data set.")
         predicted = F.linear(embed(x_test), *(t.to(device) for t in net.classifier)).argmax(1)
+    elif config.kind == "pairs":
+        found, extra["pairs"] = _pairs(config, x, y, weights, device)
+        extra["pairs"]["list"] = [[int(train[a]), int(train[b]), round(s, 6)]
+                                  for a, b, s in zip(*(t[:1000].tolist() for t in found))]
+        y_test, predicted = (y[torch.cat(ends)] for ends in (found[:2], found[1::-1]))
     elif config.kind in ("knn", "tsne"):
         predicted = knn(embed(x_test), embed(x), y, classes, k=config.k, tau=config.tau).argmax(1)
     elif config.kind == "logistic":
@@ -183,7 +201,6 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         changes = config.kind == "finetune" or config.bn == "train"  # then it is a copy that changes
         model = _fit_network(config, copy.deepcopy(net) if changes else net, x, y, classes, stats)
         predicted = features(model, x_test, stats=stats, device=device).argmax(1)
-    extra = {}
     if config.kind == "tsne":
         extra = picture(config, embed(x_test), embed(x))
         extra["neighbours"] = [[int(train[j]) for j in row] for row in extra["neighbours"]]

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 from typing import Any
 
-from . import data, methods, own, runs
+from . import data, methods, own, pairs, runs
 from .config import EvalConfig, RunConfig, SidaeError
 
 
@@ -251,6 +252,59 @@ def tsne(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) ->
     return runs, [EvalConfig(run=r, kind="tsne", labels=s.labels[0], k=s.neighbours[0], points=s.pictured) for r in runs]
 
 
+# of semantic_pairs: images compared, what share of the pool they are (CIFAR-10: a tenth of all, as in the paper), methods
+# that meet mined pairs alone, other shares of the pool to train with and of all images to count pairs among
+_PAIRED = ("simclr", "simsiam", "vicreg", "dino")
+_PAIRS = {"smoke": (256, 1.0, (), (0.5,), (0.5,)), "quick": (1437, 1.0, _PAIRED, (0.5,), (0.1, 0.25, 0.5)),
+          "laptop": (5000, 1.0, _PAIRED, (0.25, 0.5), (0.05, 0.25, 0.5, 1.0)),
+          "paper": (5000, 0.1, _PAIRED, (0.05, 0.25, 0.5, 1.0), (0.05, 0.25, 0.5, 1.0))}  # fmt: skip
+
+
+def _paired(scale: str, dataset: str, method: str, seed: int, kind: str = "none", share: float = 0.0) -> RunConfig:
+    """A run of semantic_pairs. Pairs are mined by MoCo v2 of the same seed, the nearest ones whatever their cosine."""
+    (k, own, *_), changes = _PAIRS[scale], {}
+    if kind != "none":
+        changes = {"pairs": kind, "pair_share": share or own, "pair_count": round(pairs.RATIO * k * (share or own) / own)}
+    if kind == "mined":
+        changes |= {"encoder": _paired(scale, dataset, "moco_v2", seed), "pair_low": -1.0, "pair_high": 1.0}
+    return run(method, dataset, scale, seed, **changes)
+
+
+def semantic_pairs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
+    """SePP-ID's tables at this scale: training with none, with oracle pairs, with mined ones and with two more controls;
+    fine-tuning and transfer; how many pairs are right, by encoder, epoch, share of the images, with augmentation and
+    without training; NNCLR and FNC, which look for theirs while they train."""
+    s, (k, _, paired, shares, among) = scale_of(scale), _PAIRS[scale]
+    several = tuple(seeds) or (tuple(range(5)) if scale == "laptop" else s.seeds)
+    runs, evals = [], []
+    for dataset in datasets or ("digits" if "digits" in s.datasets else "cifar10",):
+        one, seed, main = partial(_paired, scale, dataset), several[0], ("moco_v2", "sidae")
+        other = data.identify({"digits": "photos"}.get(dataset, "fashion_mnist"))
+        mine = [one(m, n, kind) for kind in ("none", "oracle", "mined", "random", "wrong") for n in several for m in main]
+        mine += [one(m, seed, kind) for m in paired for kind in ("none", "mined")]
+        mine += [one("moco_v2", seed, "mined", share) for share in shares]
+        for r in mine:
+            points = checkpoints(r, s.points if r.method in main else 1)
+            evals += [EvalConfig(run=r, kind="logistic", labels=s.labels[0], epoch=e) for e in points]
+            evals += [EvalConfig(run=r, kind="linear", labels=s.labels[0]),
+                      EvalConfig(run=r, kind="knn", labels=s.labels[0], k=s.neighbours[0])]  # fmt: skip
+            if r.method in main and r.pairs in ("none", "mined") and r not in mine[-len(shares) :]:
+                # Tables 4 and 5: fine-tuning; transfer, C by validation
+                evals += [EvalConfig(run=r, kind="finetune", labels=n, fit_epochs=2 if scale == "smoke" else e)
+                          for n, e in ((0.1, 30), (0.01, 60))]  # fmt: skip
+                evals += [EvalConfig(run=r, kind="logistic", data=other, labels=0.1, C=c, score_on=on)
+                          for c in (0.01, 0.1) for on in ("val", "test")]  # fmt: skip
+        runs += [*mine, *(one(m, seed) for m in ("simsiam", "simclr", "nnclr", "fnc"))]
+        moco, own = one("moco_v2", seed), round(k / (1437 if dataset == "digits" else 50_000), 4)
+        asked = [(one(m, seed), {}) for m in ("sidae", "simsiam", "simclr")]  # Table 1; then Figure 2, epochs, K, Tiny ImageNet
+        asked += [(one("moco_v2", n), {"epoch": e, "augment": a}) for n in several for e in (0, -1)
+                  for a in ("none", moco.augment)]  # fmt: skip
+        asked += [(moco, {"epoch": e}) for e in checkpoints(moco, s.points)] + [(moco, {"labels": n}) for n in among]
+        asked += [(moco, {"data": data.identify("tinyimagenet32"), "labels": 0.1})] if dataset == "cifar10" else []
+        evals += [EvalConfig(run=r, kind="pairs", **{"labels": own} | more) for r, more in asked]
+    return list(dict.fromkeys(runs)), list(dict.fromkeys(evals))
+
+
 VARIED: dict[str, list[dict[str, Any]]] = {  # the other choices on the five axes, one changed at a time
     "yadim": [{"backbone": "resnet34"}, {"backbone": "amdim"}, {"extract": "00,11"}, {"extract": "01,02,11"},
               {"extract": "0r"}, {"augment": "amdim"}, {"augment": "simclr"}],
@@ -317,8 +371,8 @@ def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[in
 
 
 FIGURES: dict[str, Callable[..., Needs]] = {f.__name__: f for f in (
-    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, five_axes,
-    your_own_images)}
+    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, semantic_pairs,
+    five_axes, your_own_images)}
 
 
 def figure(name: str) -> Callable[..., Needs]:

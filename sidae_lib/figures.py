@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from . import data, methods, paths, published, train
-from .config import RunConfig, SidaeError
+from .config import EvalConfig, RunConfig, SidaeError
 from .train import device_of, provenance, write
 
 # Okabe & Ito's colours, then Tol's and Brewer's dark ones, one per method in every figure; baselines are grey lines
@@ -53,9 +53,11 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
         rows.append({
             "data": r["data"]["name"], "display": r["data"]["display"], "pretrain": data.display(run.data),
             "pretrain_name": data.KNOWN.get(run.data, (run.data,))[0],
-            "method": run.method, "varied": "; ".join(f"{k}: {v}" for k, v in methods.varied(run).items()),
+            "method": run.method + (f" + {run.pair_count} {run.pairs}" if run.pairs != "none" else ""),
+            "input": ask.get("augment", "none"), "varied": "; ".join(f"{k}: {v}" for k, v in methods.varied(run).items()),
             "w": run.w, "augment": run.augment, "target": f"{run.target}, {run.recon}",
-            "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "kind": r["kind"], "scored": ask.get("score_on", "test"),
+            "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "scored": ask.get("score_on", "test"),
+            "kind": r["kind"] + "".join(f", {k} {ask[k]}" for k in ("fit_epochs",) if k in ask), "C": ask.get("C", 1.0),
             "labels": ask.get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
         })
@@ -491,6 +493,99 @@ def live(seconds: float = 5.0) -> Iterator[None]:
     finally:
         train.LISTENERS.remove(draw)
         shown.update({"text/plain": ""}, raw=True)
+
+
+def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.DataFrame:
+    """What pairs add: accuracy less that with the pairs `base` of the same method, seed, evaluation and epoch, in points:
+    mean over n seeds, and its 95 % interval low to high, paired by seed (infinite for one seed)."""
+    frame = evaluations(records)
+    runs = [RunConfig.from_dict(r["config"]["run"]) for r in records]
+    frame["method"], frame["pairs"], frame["count"] = zip(*((c.method, c.pairs, c.pair_count) for c in runs))
+    by = ["data", "display", "method", "kind", "labels", "of", "epoch", "seed"]
+    own = frame[frame["pairs"] == base].set_index(by)["accuracy"].rename("own")
+    rest, rows = frame[frame["pairs"] != base].join(own, on=by, how="inner"), []
+    for key, part in rest.groupby([*by[1:-1], "pairs", "count"], sort=False):
+        gain, low, high = published.interval(part["accuracy"] - part["own"])
+        rows.append((*key, gain, low, high, len(part), "; ".join(sorted(set(part["hardware"])))))
+    return pd.DataFrame(rows, columns=[*by[1:-1], "pairs", "count", "gain", "low", "high", "n", "hardware"])
+
+
+def pair_answer(records: Sequence[dict[str, Any]], method: str = "sidae", kind: str = "logistic") -> str:
+    """Do semantic pairs help, by how much, and is it the semantics or the extra data? Read from evaluation records."""
+    def of(pairs: str, base: str = "none") -> tuple[str, str]:
+        g = pair_gains(records, base)
+        r = g[(g["method"] == method) & (g["kind"] == kind) & (g["pairs"] == pairs) & (g["epoch"] == g["of"])].iloc[0]
+        says = f"95 % interval {r.low:+.2f} to {r.high:+.2f}" if r["n"] > 1 else "no interval from one seed"
+        sure = "supported" if r.low > 0 else "contradicted" if r.high < 0 else "undecided"
+        return f"{r.gain:+.2f} points ({says}, n = {r['n']})", sure if r["n"] > 2 else "undecided"
+
+    words = {"supported": "help", "contradicted": "harm", "undecided": "make no difference that these seeds can show"}
+    (mined, helps), (oracle, best), (semantics, matter) = of("mined"), of("oracle"), of("mined", "random")
+    return (f"{NAMES[method]}, {PROBES[kind]}: mined pairs {words[helps]}, {mined}. Pairs chosen by label {words[best]}, "
+            f"{oracle}. As many random images: {of('random')[0]}; wrong pairs: {of('wrong')[0]}. That it is the semantics, "
+            f"mined less random, is {matter}: {semantics}.")  # fmt: skip
+
+
+def semantic_pairs(table: pd.DataFrame) -> Figure:
+    """From `pair_gains`, the last epoch: what each kind of pairs adds, one panel per probe, with 95 % intervals."""
+    table = table[table["epoch"] == table["of"]].drop_duplicates(["display", "method", "kind", "labels", "pairs"])
+    kinds, order = ["wrong", "random", "mined", "oracle"], list(dict.fromkeys(table["method"]))
+    with _figure(2.3 * table["kind"].nunique() + 0.4, 2.8) as fig:
+        axes = fig.subplots(1, table["kind"].nunique(), squeeze=False, sharey=True)[0]
+        for ax, (kind, part) in zip(axes, table.groupby("kind", sort=False)):
+            for n, method in enumerate(order):
+                own = part[part["method"] == method]
+                x = own["pairs"].map(kinds.index) + 0.7 * ((n + 0.5) / len(order) - 0.5)
+                half = (own["high"] - own["gain"]).replace(np.inf, np.nan)
+                ax.errorbar(x, own["gain"], half, fmt=MARKERS[method], ms=4, lw=1, color=COLOURS[method],
+                            label=NAMES[method])  # fmt: skip
+            ax.axhline(0, color="#444444", lw=0.8)
+            ax.set_xticks(range(4), kinds)
+            ax.set(title=f"{part['display'].iloc[0]}, {PROBES[kind]}", xlim=(-0.5, 3.5), xlabel="pairs")
+        axes[0].set_ylabel("accuracy less without pairs (points)")
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(order))
+    return fig
+
+
+def pair_table(pairs: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The points of `pair_accuracy`: accuracies of evaluations of kind pairs, and of the neighbours that NNCLR and the
+    false negatives that FNC found while they trained, from their run records."""
+    rows = []
+    for r in pairs:
+        c, shown = EvalConfig.from_dict(r["config"]), {"hardware": hardware(r["provenance"])}
+        name = NAMES[c.run.method] + ", untrained" * (c.epoch == 0) + ", augmented" * (c.augment != "none")
+        shown["series"] = name + (f", {r['data']['display']}" if c.data else "")
+        shown["colour"] = COLOURS["untrained"] if c.epoch == 0 else COLOURS[c.run.method]
+        for p in r["pairs"]["curve"] if r["n_train"] == pairs[0]["n_train"] and c.epoch in (0, c.run.epochs) else ():
+            rows.append(shown | {"panel": "pairs per image", "x": p["unordered"] / r["n_train"], "accuracy": p["accuracy"],
+                                 "low": p["interval"][0], "high": p["interval"][1]})  # fmt: skip
+        if r["n_train"] == pairs[0]["n_train"] and (c.augment, c.run.method, c.data) == ("none", "moco_v2", ""):
+            rows.append(shown | {"panel": "epoch", "series": "mined by MoCo v2", "x": c.epoch, "accuracy": r["accuracy"],
+                                 "low": r["pairs"]["interval"][0], "high": r["pairs"]["interval"][1],
+                                 "colour": COLOURS["moco_v2"]})  # fmt: skip
+    for r in rivals:
+        name = r["config"]["method"]
+        for e in r["epochs"]:
+            share = e["nn_accuracy"] if name == "nnclr" else e["fn_right"] / max(e["fn_found"], 1e-9)
+            rows.append({"panel": "epoch", "series": f"{NAMES[name]}, while training", "x": e["epoch"], "accuracy": 100 * share,
+                         "colour": COLOURS[name], "hardware": hardware(r["provenance"])})  # fmt: skip
+    return pd.DataFrame(rows).sort_values(["panel", "series", "x"])
+
+
+def pair_accuracy(table: pd.DataFrame) -> Figure:
+    """From `pair_table`: how many pairs are right, by the number of pairs that are taken and by the encoder's epoch."""
+    with _figure(6.6, 3.8) as fig:
+        for ax, panel in zip(fig.subplots(1, 2, sharey=True), ("pairs per image", "epoch")):
+            for (series, colour), own in table[table["panel"] == panel].groupby(["series", "colour"], sort=False):
+                style = ":" if "augmented" in series else "--" if "untrained" in series or "while" in series else "-"
+                ax.plot(own["x"], own["accuracy"], style, marker=".", lw=1.2, color=colour, label=series)
+                ax.fill_between(own["x"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
+            ax.set(xlabel=panel, xscale="log" if panel == "pairs per image" else "linear", ylim=(0, 102))
+            ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        fig.axes[0].set(ylabel="pairs of one class (%)", title="More pairs, lower threshold")
+        fig.axes[1].set(title="Longer training")
+        fig.axes[1].xaxis.get_major_locator().set_params(integer=True)
+    return fig
 
 
 def layers(config: RunConfig) -> pd.DataFrame:

@@ -129,6 +129,7 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
         gpus = any(w["resources"].get("GPU") for w in client.scheduler_info(n_workers=-1)["workers"].values())
         for job in jobs:
             sent = {job.run.epochs} if weights or job.run in started_from else set()
+            sent |= job.epochs if job.run in started_from else set()  # mined pairs may start from an earlier one
             name = digest([job.run.key(), *sorted(e.key() for e in job.evals), *sorted(sent)])
             futures[job.run] = client.submit(
                 work, __version__, job, [futures[r] for r in runs.dependencies(job.run)], device, until, sent,

@@ -258,7 +258,8 @@ def load(path: str | Path) -> nn.Module:
     """A saved backbone in eval mode, from a `backbone-eNNN.safetensors` of the store; nothing is unpickled.
 
     The module carries `config` (RunConfig), `mean` and `std` (per channel, of pixels in [0, 1]: feed it
-    (pixels - mean) / std) and `classifier`, the supervised method's (weight, bias) or None.
+    (pixels - mean) / std), `classifier`, the supervised method's (weight, bias) or None, and `head`, the projector's
+    state dict (empty where there is none).
     Raises SidaeError when the file is missing, damaged or not one of ours.
     """
     try:
@@ -269,14 +270,24 @@ def load(path: str | Path) -> nn.Module:
         with torch.device("meta"):  # so that memory is bounded by the file, whatever width it claims
             net = backbone(config)
         fc = [weights.pop(k) for k in ("fc.weight", "fc.bias") if k in weights]
+        head = {k.removeprefix("projector."): weights.pop(k) for k in list(weights) if k.startswith("projector.")}
         net.load_state_dict(weights, assign=True)
         net.config, net.mean, net.std = config, meta["mean"], meta["std"]
     except FileNotFoundError:
         raise SidaeError(f"There is no file {path}; a backbone is named backbone-eNNN.safetensors.") from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as e:
         raise SidaeError(f"{path} is not a backbone of this project ({type(e).__name__}); nothing was loaded.") from e
-    net.classifier = tuple(fc) or None
+    net.classifier, net.head = tuple(fc) or None, head
     return net.float().eval()
+
+
+@torch.no_grad()
+def features(net: Callable[[Tensor], Tensor], images: Tensor, *, stats: tuple, device: torch.device, batch: int = 250
+             ) -> Tensor:  # fmt: skip
+    """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std)."""
+    mean, std = (torch.tensor(s, device=device).view(-1, 1, 1) for s in stats)
+    chunks = (c.to(device) for c in images.split(batch))
+    return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
 
 
 @torch.no_grad()

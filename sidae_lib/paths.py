@@ -22,6 +22,11 @@ def runs() -> Path:
     return _folder("SIDAE_RUNS", "runs")
 
 
+def backbone(key: str, epoch: int) -> Path:
+    """The weights that the run with this key left in the local store."""
+    return runs() / key / f"backbone-e{epoch:03d}.safetensors"
+
+
 def records() -> Path:
     """Published records, read-only for the store (`SIDAE_RECORDS`, default `records/`)."""
     return _folder("SIDAE_RECORDS", "records")

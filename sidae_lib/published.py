@@ -330,3 +330,44 @@ def _special_cases(frame: pd.DataFrame) -> Cases:
             same = part[(part["method"] == "composed") & part["varied"].str.contains(varied)]
             own = part[(part["method"] == m) & (part["varied"] == "")]
             yield _name(display, labels, m), paired(pd.concat([own, same]), {"method": m}, {"method": "composed"})
+
+
+# --- SePP-ID: by logistic regression, which does not depend on the scale of features ------------------------------
+
+
+def _pairs(frame: pd.DataFrame, kind: str) -> Iterator[tuple[str, pd.DataFrame, dict, dict]]:
+    """(set and method, its rows, what names those with these pairs, and those without any)."""
+    own = frame[(frame["kind"] == "logistic") & (frame["pretrain"] == frame["display"]) & (frame["w"] == 0.5)]
+    own = own[own["target"] == "standardised, mean"]
+    for (display, labels, method), part in own.groupby(["display", "labels", own["method"].str.split(" ").str[0]], sort=False):
+        if mined := [m for m in part["method"].unique() if m.endswith(f" {kind}")]:
+            yield _name(display, labels, method), part, {"method": mined[0]}, {"method": method}
+
+
+@claim("pairs_beat_none")
+def _pairs_beat_none(frame: pd.DataFrame) -> Cases:
+    for case, part, mined, none in _pairs(frame, "mined"):
+        for epoch in sorted(part["epoch"].unique()):
+            yield f"{case}, epoch {epoch}", paired(part, mined | {"epoch": epoch}, none | {"epoch": epoch})
+
+
+@claim("half_the_epochs")
+def _half_the_epochs(frame: pd.DataFrame) -> Cases:
+    for case, part, mined, none in _pairs(frame, "mined"):
+        if half := max((e for e in part["epoch"] if 2 * e <= part["of"].max()), default=0):
+            yield f"{case}, epoch {half}", paired(part, mined | {"epoch": half}, none | {"epoch": part["of"].max()})
+
+
+@claim("random_add_nothing")
+def _random_add_nothing(frame: pd.DataFrame) -> Cases:
+    for case, part, random, none in _pairs(frame, "random"):
+        yield case, paired(_last(part), random, none)
+
+
+@claim("originals_and_training")
+def _originals_and_training(frame: pd.DataFrame) -> Cases:
+    own = frame[(frame["kind"] == "pairs") & (frame["method"] == "moco_v2") & (frame["pretrain"] == frame["display"])]
+    for (display, views), part in own[own["input"] != "none"].groupby(["display", "input"], sort=False):
+        plain, K = _last(own)[_last(own)["input"] == "none"], part["n_train"]
+        both = pd.concat([part[part["epoch"] == 0], plain[plain["n_train"].isin(K)]])
+        yield display, paired(both, {"input": "none"}, {"input": views})

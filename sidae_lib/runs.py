@@ -181,8 +181,8 @@ def missing(configs: Sequence[Config]) -> list[Config]:
 
 
 def dependencies(config: Config) -> list[RunConfig]:
-    """The runs whose weights a config starts from."""
-    return [] if isinstance(config, RunConfig) else [config.run]
+    """The runs whose weights a config starts from: an evaluation its run's, a run on mined pairs its encoder's."""
+    return [config.run] if isinstance(config, EvalConfig) else [config.encoder] if config.encoder else []
 
 
 @dataclass
@@ -209,7 +209,8 @@ def plan(configs: Sequence[Config], *, weights: bool = False, log: Callable = pr
     def add(config: Config) -> None:
         for run in dependencies(config):
             add(run)
-            jobs[run].epochs.add(config.epoch if isinstance(config, EvalConfig) and run == config.run else run.epochs)
+            epoch = config.epoch if isinstance(config, EvalConfig) else config.encoder_epoch
+            jobs[run].epochs.add(run.epochs if epoch < 0 else epoch)
         if isinstance(config, EvalConfig):
             jobs[config.run].evals.append(config)
         else:

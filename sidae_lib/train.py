@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import __version__, augment, methods, networks, paths
+from . import __version__, augment, methods, networks, pairs, paths
 from .augment import Params
 from .config import RunConfig, SidaeError, epoch_seed
 from .data import Images, subset
@@ -72,8 +72,9 @@ def batches(n: int, batch: int, keep_last: bool) -> list[tuple[int, int]]:
     return list(zip(bounds, bounds[1:]))
 
 
-def training_pairs(config: RunConfig, images: Images) -> Tensor:
-    """(P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j."""
+def training_pairs(config: RunConfig, images: Images, device: torch.device) -> tuple[Tensor, pairs.Pairs | None]:
+    """(N + P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j. First the N
+    images themselves, (i, i), then the P semantic pairs, which are returned apart too (None where there are none)."""
     split = images.split(config.split)
     n = len(split.images)
     if methods.check(config).labels:
@@ -88,7 +89,11 @@ def training_pairs(config: RunConfig, images: Images) -> Tensor:
     if "queue" in reads and config.epochs and (config.queue % config.batch or 2 * config.queue > len(i)):
         raise SidaeError(f"queue must be a multiple of batch ({config.batch}) and at most half of the {len(i)} images, or it "
                          f"holds earlier views of the batch's own, got {config.queue}.")  # fmt: skip
-    return torch.stack([i, i], 1)
+    own = torch.stack([i, i], 1)
+    if config.pairs == "none":
+        return own, None
+    extra = pairs.find(config, images, i, device)
+    return torch.cat([own, torch.stack([extra.i, extra.j], 1)]), extra
 
 
 def _processor() -> str:
@@ -193,13 +198,16 @@ class Run:
 
     def __init__(self, config: RunConfig, images: Images, device: torch.device) -> None:
         self.config, self.data, self.device = config, images, device
-        self.pairs = training_pairs(config, images)
+        self.pairs, self.extra = training_pairs(config, images, device)
+        self.n = len(self.pairs) - (0 if self.extra is None else len(self.extra.i))  # samples in an epoch
         keep = methods.METHODS[config.method].labels
-        self.bounds = batches(len(self.pairs), config.batch, keep)
+        self.bounds = batches(self.n, config.batch, keep)
         self.steps = len(self.bounds) * config.epochs
         with seeded(config.seed):
             self.method = methods.build(config, len(images.classes))
         self.method.to(device, memory_format=torch.channels_last).train()
+        i, j = self.pairs[self.n :].to(device).unbind(1)
+        self.method.partners = torch.cat([(i << 32) + j, (j << 32) + i])
         groups, c = self.method.param_groups(config.lr), config
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, fused=True) if c.optimizer == "sgd" else
@@ -264,9 +272,17 @@ class Run:
                 Path(broken).unlink()
 
     def draw(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
-        """The epoch's order of pairs and the parameters of its views: a function of (seed, epoch) on every device."""
+        """The epoch's order of pairs and the parameters of its views: a function of (seed, epoch) on every device.
+
+        With P semantic pairs an epoch is N of the N + P pairs, so that steps, rates and images seen are those of the run
+        without them: pairs take the place of images, none of which is seen more often for it. A weight below 1 draws
+        each semantic pair with that probability, which is SePP-ID's eq. 2 in expectation, for every loss.
+        """
         generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
-        order = self.pairs[torch.randperm(len(self.pairs), generator=generator)].to(self.device)
+        order = torch.randperm(len(self.pairs), generator=generator)
+        if self.config.pair_weight < 1:
+            order = order[(order < self.n) | (torch.rand(len(order), generator=generator) < self.config.pair_weight)]
+        order = self.pairs[order[: self.n]].to(self.device)
         draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator, self.support)
         return order, *({k: v.to(self.device) for k, v in p.items()} for p in draws)
 
@@ -349,8 +365,9 @@ class Run:
 
     def save_backbone(self, folder: Path, epoch: int) -> None:
         tensors = dict(self.method.backbone.state_dict())
-        if hasattr(self.method, "fc"):  # the supervised network's own classifier
-            tensors |= {f"fc.{k}": v for k, v in self.method.fc.state_dict().items()}
+        for name in ("fc", "projector"):  # the supervised network's own classifier; the head that pairs are mined with
+            if hasattr(self.method, name):
+                tensors |= {f"{name}.{k}": v for k, v in getattr(self.method, name).state_dict().items()}
         meta = {"config": self.config.to_dict(), "epoch": epoch, "mean": self.data.mean, "std": self.data.std}
         content = packed(tensors, meta)
         write(folder / backbone_name(epoch), content)
@@ -403,7 +420,7 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
         "steps": run.steps, "images": sum(b - a for a, b in run.bounds) * config.epochs,
         "seconds": round(run.seconds, 3), "mode": run.mode, "files": dict(sorted(run.files.items())),
         "provenance": born,
-    }  # fmt: skip
+    } | ({} if run.extra is None else {"pairs": pairs.report(run.extra, images.split(config.split).labels)})  # fmt: skip
 
 
 def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | None) -> None:

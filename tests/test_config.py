@@ -36,6 +36,8 @@ RUN_DEFAULTS = {  # a key leaves out what is at its default, so no default ever 
     "predictor_lr": "schedule", "batch": 512, "epochs": 200, "precision": "fp32", "method_recipe": 0,
     "augment_recipe": 0, "tau": 0.1, "ema": 0.99, "queue": 4096, "symmetric": False, "splits": 8, "leave_out": "same",
     "prototypes": 2048, "support": 1, "top": 10, "threshold": 0.7, "cancel": "attract",
+    "pairs": "none", "encoder": None, "encoder_epoch": -1, "pair_share": 0.1, "pair_seed": 0,
+    "pair_low": 0.97, "pair_high": 0.99, "pair_count": 0, "pair_weight": 1.0,
 }  # fmt: skip
 EVAL_DEFAULTS = {
     "kind": "linear", "epoch": -1, "data": "", "labels": 1.0, "label_count": 0, "label_seed": 0, "seed": -1,
@@ -47,6 +49,10 @@ EVAL_DEFAULTS = {
 
 def run(**changes):
     return RunConfig.create(**{"method": "sidae", "data": "0", **changes})
+
+
+def mined(**changes):
+    return run(**{"pairs": "mined", "encoder": run(method="simsiam"), **changes})
 
 
 def evaluation(**changes):
@@ -93,8 +99,12 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
              "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5, "ema": 0.5, "symmetric": True,
              "leave_out": "none", "cancel": "eliminate", "norm": "layer", "extract": "11", "compare": "cosine",
              "loss": "nce", "optimizer": "adam", "beta2": 0.5, "warmup": 0.5}  # fmt: skip
-    changed = [run().replace(**{f.name: other.get(f.name, 7)}) for f in fields(RunConfig)]
-    assert len({c.key() for c in [run(), *changed]}) == len(fields(RunConfig)) + 1
+    other |= {"pair_share": 0.5, "pair_low": 0.5, "pair_high": 0.98, "pair_weight": 0.5}
+    names = {f.name for f in fields(RunConfig)} - {"pairs", "encoder"}
+    bases = {name: mined() if name.startswith(("encoder", "pair_")) else run() for name in names}
+    changed = [base.replace(**{name: other.get(name, 7)}) for name, base in bases.items()]
+    changed += [run(pairs="random", pair_count=5), run(pairs="oracle", pair_count=5), mined(), mined(encoder=run(seed=1))]
+    assert len({c.key() for c in [run(), *changed]}) == len(names) + 5
     other = {"run": run(seed=1), "kind": "knn", "data": "1", "labels": 0.5, "score_on": "val", "momentum": 0.5,
              "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data"}  # fmt: skip
     changed = [evaluation().replace(**{f.name: other.get(f.name, 7)}) for f in fields(EvalConfig)]
@@ -138,6 +148,14 @@ def test_epoch_seeds_never_change_and_use_the_seed():
     assert len(seeds) == 2000 and max(seeds) < 2**32  # all that torch's CPU generator keeps
 
 
+def test_an_encoders_last_epoch_is_written_in_one_way():
+    encoder = run(method="simsiam", epochs=30)
+    assert mined(encoder=encoder, encoder_epoch=30) == mined(encoder=encoder)
+    assert mined(encoder=encoder, encoder_epoch=0).key() != mined(encoder=encoder).key()
+    again = RunConfig.from_dict(json.loads(json.dumps(mined(encoder=encoder).to_dict())))
+    assert again == mined(encoder=encoder) and again.encoder == encoder and again.encoder.key() == encoder.key()
+
+
 def test_configs_are_frozen():
     with pytest.raises(FrozenInstanceError):
         run().w = 1.0
@@ -168,16 +186,26 @@ BAD = [
     ({"ema": 1.1}, "ema must lie in [0, 1]"), ({"ema": -0.1}, "ema"), ({"support": -1}, "support must not be negative"),
     ({"decoder": -1}, "decoder must be positive"), *(({name: "x"}, f"Unknown {name} 'x'; choose from") for name in (
         "split", "resize", "backbone", "stem", "target", "recon", "recon_target", "output", "optimizer", "schedule",
-        "predictor_lr", "precision", "leave_out", "cancel")),
+        "predictor_lr", "precision", "leave_out", "cancel", "pairs")),
     ({"stem": ["cifar"]}, "Unknown stem"), ({"stem": None}, "imagenet, cifar"),
+    ({"pairs": "mined"}, "need an encoder"), ({"pairs": "oracle"}, "'oracle' needs a pair_count"),
+    ({"encoder": 3}, "RunConfig"),
+    ({"encoder": run()}, "pairs 'none' does not read encoder"), ({"pair_count": 3}, "'none' does not read pair_count"),
+    ({"pairs": "wrong", "pair_count": 3, "pair_low": 0.5}, "'wrong' does not read pair_low"), ({"encoder": {}}, "RunConfig"),
+    *(({"pairs": "random", "pair_count": 3, name: 0}, f"{name} must lie in (0, 1]") for name in ("pair_share", "pair_weight")),
+    *(({"pairs": "mined", "encoder": run(), "pair_low": v}, "cosines") for v in (0.99, 0.995, -2)),
+    ({"pairs": "mined", "encoder": run(size=64)}, "encoder must see images of the run's shape"),
+    ({"pairs": "mined", "encoder": run(epochs=3), "encoder_epoch": 4}, "encoder_epoch must lie in 0"),
+    ({"leave_out": "partners"}, "leave_out 'partners' needs pairs"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda b: str(b[0])[:40])
 def test_a_bad_run_is_one_sentence(bad):
     changes, *parts = bad
+    plain = {k: v.to_dict() if isinstance(v, RunConfig) else v for k, v in changes.items()}
     for make in (lambda: run(**changes), lambda: run().replace(**changes),
-                 lambda: RunConfig.from_dict({"method": "sidae", "data": "0", **changes})):
+                 lambda: RunConfig.from_dict({"method": "sidae", "data": "0", **plain})):
         with pytest.raises(SidaeError) as error:
             make()
         sentence(error, *parts)

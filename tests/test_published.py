@@ -8,7 +8,8 @@ from scipy import stats
 from sidae_lib import experiments, figures, published
 
 ROW = {"data": "cifar10", "display": "CIFAR-10", "pretrain": "CIFAR-10", "pretrain_name": "cifar10", "w": 0.5,
-       "augment": "simsiam_cifar", "target": "standardised, mean", "scored": "test", "kind": "linear", "n_train": 500}
+       "augment": "simsiam_cifar", "target": "standardised, mean", "scored": "test", "kind": "linear", "n_train": 500,
+       "input": "none", "varied": ""}
 
 
 def row(method, seed, accuracy, epoch=200, labels=0.01, **changes):
@@ -143,3 +144,32 @@ def test_balance_weighs_the_gradients():
     table = figures.balance(records)
     assert table.xs("last", level="when")["share"].tolist() == [pytest.approx(0.2 * 3 / (0.2 * 3 + 0.8), abs=1e-4)]
     assert table.xs("first", level="when")["share"].tolist() == [pytest.approx(1.8 / 2.6, abs=1e-4)]
+
+
+def paired(gains, pairs="mined", **changes):
+    """SidAE without pairs at 50, and with them at 50 plus a gain for each seed."""
+    both = (("sidae", 0), (f"sidae + 700 {pairs}", 1))
+    return [row(m, s, 50.0 + k * g, kind="logistic", **changes) for s, g in enumerate(gains) for m, k in both]
+
+
+def test_pairs_against_none_by_epoch():
+    rows = paired((2, 2.5, 1.5), epoch=200) + paired((-1, -1.1, -0.9), epoch=100)
+    rows += [row("sidae", s, 99.0, kind="logistic", w=0.9) for s in range(3)]  # another weight is another method
+    board = claims(rows, "semantic pairs beat none")
+    assert board["verdict"].tolist() == ["contradicted", "supported"]  # at 100 epochs, at 200
+    assert board["difference"].tolist() == [-1, 2]
+    half = claims(rows, "half of the epochs")  # 49, 48.9 and 49.1 with pairs at 100 against 50 at 200
+    assert half["difference"].tolist() == [-1] and half["verdict"].tolist() == ["contradicted"]
+
+
+@pytest.mark.parametrize("gains, expected", [((0.1, -0.1, 0.0), "supported"), ((2, 2.1, 1.9), "contradicted"),
+                                             ((3, -3, 0), "undecided")])
+def test_random_images_add_nothing(gains, expected):
+    assert claims(paired(gains, "random"), "as many random")["verdict"].tolist() == [expected]
+
+
+def test_originals_and_training():
+    rows = [row("moco_v2", s, a, kind="pairs", epoch=e, input=i) for s in range(3) for a, e, i in (
+        (90.0 + s, 200, "none"), (20.0, 0, "simclr"), (95.0, 0, "none"), (10.0, 200, "simclr"))]
+    board = claims(rows, "a trained encoder on original")
+    assert board["difference"].tolist() == [71] and board["verdict"].tolist() == ["supported"]

@@ -45,6 +45,10 @@ def check(config: RunConfig) -> type[Method]:
     for f in dataclasses.fields(config):
         if f.name in (SHARED - {*cls.reads}) | idle and getattr(config, f.name) != f.default:
             raise SidaeError(f"{config.method} does not read {f.name}; leave it at its default, {f.default!r}.")
+    if config.pairs != "none" and (cls.labels or not config.epochs or config.augment == "cpc_patches"):  # that is one view
+        raise SidaeError(f"{config.method} is not trained on pairs; leave pairs at its default, 'none'.")
+    if config.encoder:
+        check(config.encoder)
     if config.epochs and cls.loss is Method.loss:
         raise SidaeError(f"{config.method} has nothing to train; set epochs to 0.")
     cls.validate(config)

@@ -67,6 +67,11 @@ class Method(nn.Module):
         """(B, C, S, S) normalised -> (B, F): what probes see."""
         return self.backbone(x)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) normalised -> (B, D), the projection head included: what semantic pairs are mined on."""
+        h = self.backbone(x)
+        return self.projector(h) if hasattr(self, "projector") else h
+
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups; `fixed` marks those whose rate stays constant."""
         groups: dict[tuple[bool, bool], list[Tensor]] = {}

@@ -15,9 +15,13 @@ from .base import Axes, Method, follow, momentum_copy
 class Contrastive(Method):
     """What the methods below share: which images are no negatives of which."""
 
+    partners: Tensor  # codes a 2^32 + b of all pairs of images (a, b) that are trained on, set by the loop
+
     def kin(self, a: Tensor, b: Tensor) -> Tensor:
         """(N, M) bool: which of the images b (M,) are no negatives of the images a (N,), both by id; `leave_out`."""
         same = a[:, None] == b
+        if self.config.leave_out == "partners":
+            return same | torch.isin((a[:, None] << 32) + b, self.partners)
         return same if self.config.leave_out == "same" else torch.zeros_like(same)
 
 
