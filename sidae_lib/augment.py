@@ -280,11 +280,15 @@ def apply(ops: tuple[Op, ...], images: Tensor, params: Params, mean: Tensor, std
 _CIFAR = (ColorJitter(), RandomResizedCrop(), Greyscale(), Flip())
 # For grey images, of one channel or of three equal ones: saturation, hue and greyscale change nothing there.
 _GREY = (ColorJitter(saturation=0.0, hue=0.0), RandomResizedCrop(), Flip(), GaussianBlur())
+_REPORT = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(0.8, 0.8, 0.8, 0.2), Greyscale(), GaussianBlur(3, p=1.0))
 
 VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4.1; values: SimSiam's (arXiv:2011.10566)
     "simsiam_cifar": Views(_CIFAR, _CIFAR),
     "simsiam_grey": Views(_GREY, _GREY),
     "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
+    "report_fer": Views((), (PadRotateScale(),)),  # the student report (Sec. 5.2): a clean anchor, and its positive
+    "report_simclr": Views((), _REPORT),
+    "report_simclr_anchors": Views(_REPORT, _REPORT),
     "none": Views((), ()),
 }
 

@@ -120,6 +120,8 @@ class RunConfig(_Config):
     label_count: int = 0  # supervised only: number of labels instead of a share; 0 = use `labels`
     label_seed: int = 0  # one subset for all runs and methods (Sec. 4.1)
     augment: str = "simsiam_cifar"  # a name in augment.VIEWS; open there: blur kernel 9, sigma U(0.1, 2)
+    redraw: bool = True  # False: an image's views are drawn once and met again in every epoch
+    stats: Literal["data", "half"] = "data"  # normalisation by the set's mean and std, or (x - 0.5) / 0.5
     # network
     backbone: Literal["resnet18", "small_cnn"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool, the accuracy points to it
@@ -135,6 +137,14 @@ class RunConfig(_Config):
     recon: Literal["mean", "sum"] = "mean"  # open: squared error as a mean over elements; sum: over an image's elements
     recon_target: Literal["clean", "view"] = "clean"  # open: the undisturbed image for both views; view: each its own
     output: Literal["linear", "sigmoid", "tanh"] = "linear"  # open: the decoder's last activation
+    # pairwise and triplet: the student report's choices (sidae_lib/methods/metric.py)
+    per_class: int = 0  # only the first so many images of every class; 0 = all
+    negatives: Literal["class", "any"] = "class"  # of another class, by label; any: some other image
+    batch_norm: Literal["each", "joint"] = "each"  # one network call per input; joint: one call for all
+    embed: Literal["sigmoid", "linear"] = "sigmoid"  # small_cnn's last activation
+    cos_margin: float = 0.0  # pairwise
+    margin: float = 1.0  # triplet
+    distance: Literal["euclidean", "cosine"] = "euclidean"  # triplet
     # optimisation
     optimizer: Literal["sgd"] = "sgd"
     lr: float = 0.03  # open: literal, not scaled by batch / 256
@@ -156,7 +166,7 @@ class RunConfig(_Config):
                               ("augment_recipe", AUGMENT_RECIPES.get(self.augment, 1))):  # fmt: skip
             object.__setattr__(self, name, getattr(self, name) or current)
         self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder"),
-                     not_negative=("epochs", "pool", "method_recipe", "augment_recipe"))  # fmt: skip
+                     not_negative=("epochs", "pool", "per_class", "margin", "method_recipe", "augment_recipe"))  # fmt: skip
         self._require(0 <= self.w <= 1, f"w must lie in [0, 1] (0 = autoencoder, 1 = SimSiam), got {self.w}.")
         self._require(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}.")
 
@@ -184,7 +194,8 @@ class EvalConfig(_Config):
     label_count: int = 0  # number of labels instead of a share; 0 = use `labels`
     label_seed: int = 0
     seed: int = -1  # classifier's initialisation and order; -1 = the run's
-    score_on: Literal["test", "val"] = "test"  # val: 20 % of the chosen labels are held out and scored instead
+    score_on: Literal["test", "val", "part"] = "test"  # val: 20 % of the chosen labels are held out and scored instead
+    # part, report only: fitted on 80 % of the test images, scored on the rest, as the student report did
     fold: int = -1  # open: STL-10's full 5,000 training images; 0 to 9 = one predefined fold
     # classifier: Sec. 4.1
     fit_epochs: int = 50
@@ -201,6 +212,7 @@ class EvalConfig(_Config):
     k: int = 200  # knn: neighbours
     tau: float = 0.1  # knn: weight exp(cosine / tau)
     C: float = 1.0  # logistic: inverse strength of the L2 penalty
+    features: Literal["backbone", "pixels", "pca"] = "backbone"  # report: what is classified; pca: 32 components
     points: int = 1000  # tsne: test images on the map at most, drawn by label_seed
     perplexity: float = 30.0  # tsne
 

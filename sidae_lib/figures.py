@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from . import data, methods, paths, published
+from . import data, experiments, methods, paths, published
 from .config import RunConfig
 from .train import device_of, provenance, write
 
 # Okabe & Ito's colours, one per method in every figure; baselines are grey lines
-COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F"}
+COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F",
+           "pairwise": "#56B4E9", "triplet": "#CC79A7"}
 NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
-         "untrained": "Untrained"}
+         "untrained": "Untrained", "pairwise": "Pairwise", "triplet": "Triplet"}
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
 PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
 MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^"}
@@ -404,6 +405,46 @@ def probes(table: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale."""
     last = table[table["epoch"] == table["of"]]
     return last.pivot_table(index=["display", "labels", "method"], columns="kind", values="mean", sort=False).round(1)
+
+
+def scenarios(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per `report` evaluation and metric: accuracy, top3, knn, and each class's own accuracy under its name."""
+    frame, rows = evaluations(records), []
+    for (_, row), r in zip(frame.iterrows(), records):
+        run, ask = RunConfig.from_dict(r["config"]["run"]), r["config"]
+        undone = [name for name, c in experiments.CONFOUNDS.items() if vars(run).items() >= c.get(run.method, {"": 0}).items()]
+        known = {"method": ask.get("features", run.method), "augment": run.augment, "channels": run.channels,
+                 "protocol": "faithful" if ask.get("score_on") == "part" else "fixed", "undone": "".join(undone)}
+        values = {k: r[k] for k in ("accuracy", "top3", "knn")} | dict(zip(r["classes"], r["per_class"]))
+        rows += [{**row, **known, "metric": k.split(" - ")[0], "accuracy": v} for k, v in values.items()]
+    return pd.DataFrame(rows)
+
+
+def claims(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """For claims of published.csv, "better > worse" as queries of `scenarios`: by how many points the least of better exceeds
+    the greatest of worse, mean over seeds, with the 95 % interval paired by seed. Those that no row speaks to are left out."""
+    out = []
+    for row in rows.itertuples():
+        better, worse = (frame.query(q).groupby(["seed", "data", "method", "augment"])["accuracy"].mean().groupby("seed")
+                         for q in row.protocol.split(" > "))
+        if len(d := (better.min() - worse.max()).dropna()):
+            mean, low, high = published.interval(d)
+            out.append({"claim": row.note, "n": len(d), "points": mean, "low": low, "high": high, "verdict": published.verdict(d)})
+    return pd.DataFrame(out).replace([np.inf, -np.inf], np.nan).round(2)
+
+
+def panels(table: pd.DataFrame, draw: Callable[[plt.Axes, pd.DataFrame], Any], columns: int = 3, size: float = 2.1) -> Figure:
+    """One panel per value of the column `panel`, its rows drawn by draw(ax, rows); the first panel's legend stands for all."""
+    groups = list(table.groupby("panel", sort=False))
+    with _figure(size * columns, size * -(-len(groups) // columns) + 0.4) as fig:
+        axes = fig.subplots(-(-len(groups) // columns), columns, squeeze=False).flatten()
+        for ax, (name, rows) in zip(axes, groups):
+            ax.set_title(name)
+            draw(ax, rows)
+        for ax in axes[len(groups) :]:
+            ax.axis("off")
+        _legend(fig, axes[:1], 10)
+    return fig
 
 
 def scoreboard(records: Sequence[dict[str, Any]], scale: str, save: bool = False) -> pd.DataFrame:

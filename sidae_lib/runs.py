@@ -177,6 +177,6 @@ def seconds_left(configs: Sequence[Config]) -> float | None:
         if run.epochs:
             if not (known := rates.get(shape(run))):
                 return None
-            n = run.pool or len(_load(run.data, run).split(run.split).images)
+            n = len(train.training_pairs(run, _load(run.data, run)))
             total += n * run.epochs / (sum(known) / len(known))
     return total

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,20 @@ def batches(n: int, batch: int, keep_last: bool) -> list[tuple[int, int]]:
 
 
 def training_pairs(config: RunConfig, images: Images) -> Tensor:
-    """(P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j."""
+    """(P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j; or triples."""
     split = images.split(config.split)
     n = len(split.images)
     if methods.check(config).labels:
         if split.labels is None:
             raise SidaeError(f"{config.method} needs labels, and the {config.split} split of {images.name} has none.")
         i = subset(n, fraction=config.labels, count=config.label_count, seed=config.label_seed)
+        if config.per_class:
+            i = torch.cat([(split.labels == c).nonzero()[: config.per_class, 0] for c in split.labels.unique()])
     else:
         i = subset(n, count=config.pool, seed=config.pool_seed) if config.pool else torch.arange(n)
     if len(i) < config.batch and not methods.METHODS[config.method].labels and config.epochs:
         raise SidaeError(f"batch is {config.batch} but only {len(i)} images are there to train on; take a smaller one.")
-    return torch.stack([i, i], 1)
+    return methods.METHODS[config.method].pairs(config, i, split.labels)
 
 
 def _processor() -> str:
@@ -156,6 +159,8 @@ class Run:
     """One run in memory: the method, its optimiser, the epoch's accumulators and how far it has come."""
 
     def __init__(self, config: RunConfig, images: Images, device: torch.device) -> None:
+        if config.stats == "half":
+            images = replace(images, mean=(0.5,) * config.channels, std=(0.5,) * config.channels)
         self.config, self.data, self.device = config, images, device
         self.pairs = training_pairs(config, images)
         keep = methods.METHODS[config.method].labels
@@ -186,6 +191,7 @@ class Run:
         v1, v2 = self.view1(xi, p1, self.mean, self.std), self.view2(xj, p2, self.mean, self.std)
         x1 = (xi / 255 - self.mean) / self.std
         x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
+        batch = {k: (v / 255 - self.mean) / self.std if k == "xn" else v for k, v in batch.items()}
         batch = {**batch, "x1": x1, "x2": x2, "mean": self.mean, "std": self.std, "w": self.w}
         return tuple(v.contiguous(memory_format=torch.channels_last) for v in (v1, v2)), batch
 
@@ -200,15 +206,19 @@ class Run:
     def draw(self, epoch: int) -> tuple[Tensor, Params, Params]:
         """The epoch's order of pairs and the parameters of both views: a function of (seed, epoch) on every device."""
         generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
-        order = self.pairs[torch.randperm(len(self.pairs), generator=generator)].to(self.device)
+        order, picked = torch.randperm(len(self.pairs), generator=generator), slice(None)
+        if not self.config.redraw:  # parameters belong to a pair, whatever the epoch
+            generator, picked = torch.Generator().manual_seed(epoch_seed(self.config.seed, -2)), order
         draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator)
-        return order, *({k: v.to(self.device) for k, v in p.items()} for p in draws)
+        return self.pairs[order].to(self.device), *({k: v[picked].to(self.device) for k, v in p.items()} for p in draws)
 
     def samples(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> tuple:
         """Samples a to b of a drawn epoch, as `see` takes them."""
-        (i, j), (p1, p2) = drawn[0][a:b].unbind(1), ({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
+        (i, j, *n), (p1, p2) = drawn[0][a:b].unbind(1), ({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
+        if n:
+            batch["xn"] = self.images[n[0]]
         return xi, self.images[j] if self.paired else xi, p1, p2, batch
 
     def gauges(self, drawn: tuple[Tensor, Params, Params], a: int, b: int) -> dict[str, float]:

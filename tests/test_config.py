@@ -30,13 +30,14 @@ RUN_DEFAULTS = {  # a key leaves out what is at its default, so no default ever 
     "decoder": 512, "w": 0.5, "target": "standardised", "recon": "mean", "recon_target": "clean", "output": "linear",
     "optimizer": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 0.0005, "decay_bias": True, "schedule": "cosine",
     "predictor_lr": "schedule", "batch": 512, "epochs": 200, "precision": "fp32", "method_recipe": 0,
-    "augment_recipe": 0,
+    "augment_recipe": 0, "redraw": True, "stats": "data", "per_class": 0, "negatives": "class", "batch_norm": "each",
+    "embed": "sigmoid", "cos_margin": 0.0, "margin": 1.0, "distance": "euclidean",
 }  # fmt: skip
 EVAL_DEFAULTS = {
     "kind": "linear", "epoch": -1, "data": "", "labels": 1.0, "label_count": 0, "label_seed": 0, "seed": -1,
     "score_on": "test", "fold": -1, "fit_epochs": 50, "lr": 0.05, "backbone_lr": 0.05, "momentum": 0.9,
     "weight_decay": 0.0, "schedule": "constant", "batch": 256, "keep_last": True, "augment": "none", "bn": "eval",
-    "stats": "run", "k": 200, "tau": 0.1, "C": 1.0,
+    "stats": "run", "k": 200, "tau": 0.1, "C": 1.0, "features": "backbone", "points": 1000, "perplexity": 30.0,
 }  # fmt: skip
 
 
@@ -85,11 +86,13 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
     other = {"method": "dae", "data": "1", "split": "unlabeled", "resize": "bilinear", "augment": "none", "channels": 1,
              "backbone": "small_cnn", "stem": "cifar", "proj_affine": True, "target": "unit", "recon": "sum",
              "recon_target": "view", "output": "tanh", "schedule": "constant", "decay_bias": False, "precision": "bf16",
-             "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5}  # fmt: skip
+             "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5, "redraw": False, "stats": "half",
+             "negatives": "any", "batch_norm": "joint", "embed": "linear", "distance": "cosine"}  # fmt: skip
     changed = [run().replace(**{f.name: other.get(f.name, 7)}) for f in fields(RunConfig) if f.name != "optimizer"]
     assert len({c.key() for c in [run(), *changed]}) == len(fields(RunConfig))
     other = {"run": run(seed=1), "kind": "knn", "data": "1", "labels": 0.5, "score_on": "val", "momentum": 0.5,
-             "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data"}  # fmt: skip
+             "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data",
+             "features": "pca"}  # fmt: skip
     changed = [evaluation().replace(**{f.name: other.get(f.name, 7)}) for f in fields(EvalConfig)]
     assert len({c.key() for c in [evaluation(), *changed]}) == len(fields(EvalConfig)) + 1
 

@@ -270,7 +270,8 @@ def test_unknown_names():
 
 
 OTHER = {"w": 0.25, "predictor_lr": "constant", "proj_affine": True, "target": "unit", "recon": "sum",
-         "recon_target": "view", "output": "tanh", "labels": 0.5}  # fmt: skip
+         "recon_target": "view", "output": "tanh", "labels": 0.5, "negatives": "any", "batch_norm": "joint",
+         "embed": "linear", "distance": "cosine"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

@@ -5,6 +5,7 @@ import dataclasses
 from .. import augment
 from ..config import RunConfig, SidaeError
 from .base import Axes, Method
+from .metric import Pairwise, Triplet
 from .sidae import DenoisingAutoencoder, SidAE, SimSiam
 from .supervised import Supervised, Untrained
 
@@ -14,6 +15,8 @@ METHODS: dict[str, type[Method]] = {
     "dae": DenoisingAutoencoder,
     "supervised": Supervised,
     "untrained": Untrained,
+    "pairwise": Pairwise,
+    "triplet": Triplet,
 }
 SHARED = {f for m in METHODS.values() for f in m.reads}  # fields that some methods read and others do not
 

@@ -36,11 +36,16 @@ class Method(nn.Module):
         self.config = config
         self.backbone = networks.backbone(config)
 
+    @classmethod
+    def pairs(cls, config: RunConfig, i: Tensor, labels: Tensor | None) -> Tensor:
+        """(P, 2) index pairs from the images i to train on; or (P, 3), whose third is in the batch as xn. labels: all (N,)."""
+        return i[:, None].repeat(1, 2)
+
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars with the key `loss`; and, not recorded as such, `z` (B, D), the projection whose spread is watched.
 
         views: two (B, C, S, S), normalised.  batch: x1, x2 (B, C, S, S) clean and normalised images i and j, labels,
-        i, j (B,), and mean, std (C, 1, 1). Pure, but for what it stages for `after_step`.
+        i, j (B,), xn if `pairs` names one, and mean, std (C, 1, 1). Pure, but for what it stages for `after_step`.
         """
         raise NotImplementedError
 
