@@ -147,12 +147,10 @@ def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
 
 
 def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
-    """The student report's measurements (Sec. 5.5, 6.1) on features: predicted and true labels of the images scored, labels
-    fitted on; and top-3 and kNN accuracy (percent), how cosines and distances are distributed, and `radial`, the share
-    of a class's spread that lies along its mean (1: vectors that differ in length alone).
-
-    score_on part: as its code did, on the test images alone, 80 % fitted on, top-3 on a split of its own, features as they
-    are; else fitted on x and scored on test, the logistic regression on standardised features."""
+    """The student report's Sec. 5.5 and 6.1 on features: predicted and true labels of the images scored, labels fitted on, and
+    top-3 and kNN accuracy (percent), histograms of cosines and distances, and `radial`, the share of a class's spread along
+    its mean (1: vectors that differ in length alone). score_on part: as its code did, 80 % of the test images are fitted on,
+    top-3 on a split of its own; else fitted on x and scored on test, logistic regression on standardised features."""
     from sklearn import decomposition, linear_model, model_selection, neighbors, pipeline, preprocessing
 
     x, y, test, y_test = (t.cpu().numpy() for t in (x, y, test, y_test))
@@ -173,8 +171,8 @@ def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tens
     out = {"top3": 100 * top3, "knn": 100 * knn, "radial": (along.square().sum() / (z - means).square().sum()).item()}
     for name, d in (("cosine", F.normalize(z, dim=1) @ F.normalize(z, dim=1).T), ("distance", torch.cdist(z, z))):
         edges = np.histogram_bin_edges(d := d.numpy()[upper], 40)
-        same_different = [np.histogram(d[chosen], edges)[0].tolist() for chosen in (same, ~same)]
-        out[name] = dict(zip(("edges", "same", "different"), (edges.round(5).tolist(), *same_different)))
+        out[name] = {"edges": edges.round(5).tolist(), "same": np.histogram(d[same], edges)[0].tolist(),
+                     "different": np.histogram(d[~same], edges)[0].tolist()}
     return *(torch.from_numpy(v) for v in (predicted, y_scored, y_fit)), out
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from . import data, experiments, methods, paths, published
+from . import data, methods, paths, published
 from .config import RunConfig
 from .train import device_of, provenance, write
 
@@ -405,32 +405,6 @@ def probes(table: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale."""
     last = table[table["epoch"] == table["of"]]
     return last.pivot_table(index=["display", "labels", "method"], columns="kind", values="mean", sort=False).round(1)
-
-
-def scenarios(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row per `report` evaluation and metric: accuracy, top3, knn, and each class's own accuracy under its name."""
-    frame, rows = evaluations(records), []
-    for (_, row), r in zip(frame.iterrows(), records):
-        run, ask = RunConfig.from_dict(r["config"]["run"]), r["config"]
-        undone = [name for name, c in experiments.CONFOUNDS.items() if vars(run).items() >= c.get(run.method, {"": 0}).items()]
-        known = {"method": ask.get("features", run.method), "augment": run.augment, "channels": run.channels,
-                 "protocol": "faithful" if ask.get("score_on") == "part" else "fixed", "undone": "".join(undone)}
-        values = {k: r[k] for k in ("accuracy", "top3", "knn")} | dict(zip(r["classes"], r["per_class"]))
-        rows += [{**row, **known, "metric": k.split(" - ")[0], "accuracy": v} for k, v in values.items()]
-    return pd.DataFrame(rows)
-
-
-def claims(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """For claims of published.csv, "better > worse" as queries of `scenarios`: by how many points the least of better exceeds
-    the greatest of worse, mean over seeds, with the 95 % interval paired by seed. Those that no row speaks to are left out."""
-    out = []
-    for row in rows.itertuples():
-        better, worse = (frame.query(q).groupby(["seed", "data", "method", "augment"])["accuracy"].mean().groupby("seed")
-                         for q in row.protocol.split(" > "))
-        if len(d := (better.min() - worse.max()).dropna()):
-            mean, low, high = published.interval(d)
-            out.append({"claim": row.note, "n": len(d), "points": mean, "low": low, "high": high, "verdict": published.verdict(d)})
-    return pd.DataFrame(out).replace([np.inf, -np.inf], np.nan).round(2)
 
 
 def panels(table: pd.DataFrame, draw: Callable[[plt.Axes, pd.DataFrame], Any], columns: int = 3, size: float = 2.1) -> Figure:
