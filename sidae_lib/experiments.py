@@ -246,7 +246,7 @@ def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequenc
                 six = [RunConfig(method=m, seed=seed, **{**base, **sgd, **own, **change, **short, "augment": augment})
                        for augment in ("none", "report_fer", "report_simclr") for m, own in LOSSES.items()]
                 if protocol == "faithful":  # maps, of the last by other perplexities too
-                    evals += [EvalConfig(run=r, kind="tsne", perplexity=p, bn="train", labels=0.1, points=1000 if real else 100)
+                    evals += [EvalConfig(run=r, kind="tsne", perplexity=p, bn="train", labels=0.1, points=1000 if real else 60)
                               for r in six for p in ((20, 3, 10, 15, 25, 35, 50) if r is six[-1] else (20,))]
                 elif not smoke or dataset in GREY:
                     six += [r.replace(**c[r.method]) for c in CONFOUNDS.values() for r in six[-2:] if r.method in c]

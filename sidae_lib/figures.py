@@ -417,7 +417,7 @@ def panels(table: pd.DataFrame, draw: Callable[[plt.Axes, pd.DataFrame], Any], c
             draw(ax, rows)
         for ax in axes[len(groups) :]:
             ax.axis("off")
-        _legend(fig, axes[:1], 10)
+        _legend(fig, axes[:1], 5)
     return fig
 
 
