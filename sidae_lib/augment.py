@@ -322,6 +322,7 @@ _SIMCLR = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(), Greyscale())
 _BYOL = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(saturation=0.2), Greyscale())  # arXiv:2006.07733, App. B
 _DINO = (RandomResizedCrop((0.14, 1.0)), *_BYOL[1:])  # BYOL's but for the crop of two views (arXiv:2104.14294)
 _AMDIM = (Flip(), Translate(), ColorJitter(hue=0.2), Greyscale(0.25))
+_REPORT = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(0.8, 0.8, 0.8, 0.2), Greyscale(), GaussianBlur(3, p=1.0))
 
 VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4.1; values: SimSiam's (arXiv:2011.10566)
     "simsiam_cifar": Views(_CIFAR, _CIFAR),
@@ -333,6 +334,9 @@ VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4
     "yadim": Views(_AMDIM, _AMDIM),  # AMDIM's and, but for its patches, CPC's: every view its own flip
     "cpc_patches": Views(_AMDIM, ()),  # one view, which the encoder cuts into patches
     "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
+    "report_fer": Views((), (PadRotateScale(),)),  # the student report (Sec. 5.2): a clean anchor, and its positive
+    "report_simclr": Views((), _REPORT),
+    "report_simclr_anchors": Views(_REPORT, _REPORT),
     "none": Views((), ()),
 }
 for _name, _ops in (("simsiam_cifar", _CIFAR), ("simsiam_grey", _GREY)):  # for images whose class an op would hide

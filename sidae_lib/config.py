@@ -142,6 +142,8 @@ class RunConfig(_Config):
     pair_high: float = 0.99
     pair_count: int = 0  # how many pairs, the highest cosines first; 0 = all between the thresholds
     pair_weight: float = 1.0  # lambda of eq. 2, in (0, 1]: how often a pair is drawn, an image being drawn once
+    redraw: bool = True  # False: an image's views are drawn once and met again in every epoch
+    stats: Literal["data", "half"] = "data"  # normalisation by the set's mean and std, or (x - 0.5) / 0.5
     # network
     backbone: Literal["resnet18", "resnet34", "small_cnn", "amdim", "patches18", "patches34"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool, the accuracy points to it
@@ -176,6 +178,14 @@ class RunConfig(_Config):
     compare: Literal["", "dot", "cosine"] = ""
     loss: Literal["", "nce", "info_nce"] = ""
     clip: float = 20.0  # bound c of the scores, c tanh(s / c)
+    # pairwise and triplet: the student report's choices (sidae_lib/methods/metric.py)
+    per_class: int = 0  # only the first so many images of every class; 0 = all
+    negatives: Literal["class", "any"] = "class"  # of another class, by label; any: some other image
+    batch_norm: Literal["each", "joint"] = "each"  # one network call per input; joint: one call for all
+    embed: Literal["sigmoid", "linear"] = "sigmoid"  # small_cnn's last activation
+    cos_margin: float = 0.0  # pairwise
+    margin: float = 1.0  # triplet
+    distance: Literal["euclidean", "cosine"] = "euclidean"  # triplet
     # optimisation
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.03  # open: literal, not scaled by batch / 256
@@ -202,7 +212,8 @@ class RunConfig(_Config):
             object.__setattr__(self, "extract", "")
         self._ranges(positive=("size", "width", "dim", "hidden", "pred_hidden", "decoder", "tau", "queue", "splits",
                                "prototypes", "top", "depth", "clip"),
-                     not_negative=("epochs", "pool", "support", "pair_count", "method_recipe", "augment_recipe"))  # fmt: skip
+                     not_negative=("epochs", "pool", "support", "pair_count", "per_class", "margin", "method_recipe",
+                                   "augment_recipe"))  # fmt: skip
         self._check_pairs()
         self._require(0 <= self.w <= 1, f"w must lie in [0, 1] (0 = autoencoder, 1 = SimSiam), got {self.w}.")
         self._require(0 <= self.ema <= 1, f"ema must lie in [0, 1], got {self.ema}.")
@@ -254,7 +265,8 @@ class EvalConfig(_Config):
     label_count: int = 0  # number of labels instead of a share; 0 = use `labels`
     label_seed: int = 0
     seed: int = -1  # classifier's initialisation and order; -1 = the run's
-    score_on: Literal["test", "val"] = "test"  # val: 20 % of the chosen labels are held out and scored instead
+    score_on: Literal["test", "val", "part"] = "test"  # val: 20 % of the chosen labels are held out and scored instead
+    # part, report only: fitted on 80 % of the test images, scored on the rest, as the student report did
     fold: int = -1  # open: STL-10's full 5,000 training images; 0 to 9 = one predefined fold
     # classifier: Sec. 4.1
     fit_epochs: int = 50
@@ -271,6 +283,7 @@ class EvalConfig(_Config):
     k: int = 200  # knn: neighbours
     tau: float = 0.1  # knn: weight exp(cosine / tau)
     C: float = 1.0  # logistic: inverse strength of the L2 penalty
+    features: Literal["backbone", "pixels", "pca"] = "backbone"  # report: what is classified; pca: 32 components
     points: int = 1000  # tsne: test images on the map at most, drawn by label_seed
     perplexity: float = 30.0  # tsne
 

@@ -19,7 +19,7 @@ from .data import Images, subset
 from .networks import features
 from .train import batches, lr_at, provenance, seeded
 
-KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs")
+KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
 
 _recent: dict[tuple, Tensor] = {}  # features lately computed
@@ -30,12 +30,14 @@ def check(config: EvalConfig) -> None:
     if config.kind not in KINDS:
         raise SidaeError(f"Unknown kind {config.kind!r}; choose from {', '.join(KINDS)}.")
     augment.check(config.augment)
+    if config.score_on == "part" and config.kind != "report":
+        raise SidaeError("score_on part belongs to kind report; choose that, or score_on test or val.")
 
 
 def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
     """(training indices, indices to score): the label subset, and the test split or 20 % of the subset held out."""
     train = images.split("train")
-    for name in ("train", "test") if config.score_on == "test" else ("train",):
+    for name in ("train",) if config.score_on == "val" else ("train", "test"):
         if images.split(name).labels is None:
             raise SidaeError(f"The {name} split of {images.display} has no labels, so nothing can be classified on it.")
     if config.fold >= 0 and train.folds is None:
@@ -44,7 +46,7 @@ def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
     chosen = chosen[subset(len(chosen), fraction=config.labels, count=config.label_count, seed=config.label_seed)]
     if len(train.labels[chosen].unique()) < 2:
         raise SidaeError(f"The {len(chosen)} labels chosen of {images.display} are all of one class; choose more.")
-    if config.score_on == "test":
+    if config.score_on != "val":
         return chosen, torch.arange(len(images.split("test").labels))
     held = torch.zeros(len(chosen), dtype=torch.bool)
     held[subset(len(chosen), fraction=0.2, seed=config.label_seed + 1)] = True
@@ -152,6 +154,36 @@ def _pairs(config: EvalConfig, x: Tensor, y: Tensor, weights: Path, device: torc
         "curve": [pairs.report(first(r), y) for r in (0.01, 0.02, 0.05, 0.14, 0.5, 1, 2, 4)], "literal": pairs.report(own, y)}
 
 
+def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """The student report's Sec. 5.5 and 6.1 on features: predicted and true labels of the images scored, labels fitted on, and
+    top-3 and kNN accuracy (percent), histograms of cosines and distances, and `radial`, the share of a class's spread along
+    its mean (1: vectors that differ in length alone). score_on part: as its code did, 80 % of the test images are fitted on,
+    top-3 on a split of its own; else fitted on x and scored on test, logistic regression on standardised features."""
+    from sklearn import decomposition, linear_model, model_selection, neighbors, pipeline, preprocessing
+
+    x, y, test, y_test = (t.cpu().numpy() for t in (x, y, test, y_test))
+    part, pca = config.score_on == "part", [decomposition.PCA(32, random_state=0)] * (config.features == "pca")
+    (fit, scored, y_fit, y_scored), again = (
+        model_selection.train_test_split(test, y_test, train_size=0.8, random_state=config.seed + n)
+        if part else (x, test, y, y_test) for n in (0, 1))
+    logistic = pipeline.make_pipeline(*pca, *([] if part else [preprocessing.StandardScaler()]),
+                                      linear_model.LogisticRegression(max_iter=1000)).fit(fit, y_fit)
+    predicted = logistic.predict(scored)
+    knn = pipeline.make_pipeline(*pca, neighbors.KNeighborsClassifier(30)).fit(fit, y_fit).score(scored, y_scored)
+    scores = (logistic.fit(again[0], again[2]) if part else logistic).predict_proba(again[1])
+    top3 = (logistic.classes_[scores.argsort(1)[:, -3:]] == again[3][:, None]).any(1).mean()
+    z, label, upper = torch.from_numpy(test[:1000]), y_test[:1000], np.triu_indices(len(test[:1000]), 1)
+    one_hot = F.one_hot(torch.from_numpy(label)).float()
+    means = one_hot @ (one_hot.T @ z / one_hot.sum(0).clamp(min=1)[:, None])  # (n, F) of every image's class
+    along, same = ((z - means) * F.normalize(means, dim=1)).sum(1), (label[:, None] == label)[upper]
+    out = {"top3": 100 * top3, "knn": 100 * knn, "radial": (along.square().sum() / (z - means).square().sum()).item()}
+    for name, d in (("cosine", F.normalize(z, dim=1) @ F.normalize(z, dim=1).T), ("distance", torch.cdist(z, z))):
+        edges = np.histogram_bin_edges(d := d.numpy()[upper], 40)
+        out[name] = {"edges": edges.round(5).tolist(), "same": np.histogram(d[same], edges)[0].tolist(),
+                     "different": np.histogram(d[~same], edges)[0].tolist()}
+    return *(torch.from_numpy(v) for v in (predicted, y_scored, y_fit)), out
+
+
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
     """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows. Kind `pairs` mines
     among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end.
@@ -173,6 +205,10 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
 
     def embed(pixels: Tensor) -> Tensor:
         """Features, computed once for all the probes of a checkpoint: they are named by what they are made of."""
+        if config.features != "backbone":
+            return pixels.flatten(1) / 255
+        if config.bn == "train":  # BatchNorm sees 1,024 images at a time, as in the student report's code
+            return features(copy.deepcopy(net).train(), pixels, stats=stats, device=device, batch=1024)
         key = (str(weights), weights.stat().st_mtime_ns, hashlib.sha256(pixels.numpy()).digest(), str(stats), device)
         out = _recent.get(key)
         if out is None:
@@ -181,7 +217,13 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
             out = _recent[key] = features(net, pixels, stats=stats, device=device)
         return out
 
-    if config.kind == "classifier":
+    extra: dict[str, Any] = {}
+    if config.kind == "report":
+        order = torch.randperm(len(y_test), generator=torch.Generator().manual_seed(config.seed))
+        x_test, y_test = x_test[order], y_test[order.to(device)]  # BatchNorm may look at batches, so they are mixed
+        z = embed(x_test)
+        predicted, y_test, y, extra = _report(config, z if config.score_on == "part" else embed(x), y, z, y_test)
+    elif config.kind == "classifier":
         if net.classifier is None or config.data:
             raise SidaeError("kind classifier scores a supervised run's own classifier, on that run's own data set.")
         predicted = F.linear(embed(x_test), *(t.to(device) for t in net.classifier)).argmax(1)

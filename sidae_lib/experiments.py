@@ -370,9 +370,50 @@ def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[in
     return runs, evals
 
 
+LOSSES = {"pairwise": {"lr": 0.05, "epochs": 5}, "triplet": {"lr": 0.15, "epochs": 10}}  # 490 updates each
+PROTOCOLS = {"faithful": ({"redraw": False}, {"bn": "train", "score_on": "part"}), "fixed": ({"batch_norm": "joint"}, {})}
+CONFOUNDS: dict[str, dict[str, dict[str, Any]]] = {  # one change each, of the losses that are named
+    "lr 0.05": {"triplet": {"lr": 0.05}}, "lr 0.15": {"pairwise": {"lr": 0.15}}, "margin 0.2": {"triplet": {"margin": 0.2}},
+    "margin 0.5": {"pairwise": {"cos_margin": 0.5}}, "cosine distance": {"triplet": {"distance": "cosine"}},
+    **{name: dict.fromkeys(LOSSES, change) for name, change in (
+        ("no sigmoid", {"embed": "linear"}), ("label-free negatives", {"negatives": "any"}),
+        ("anchors augmented", {"augment": "report_simclr_anchors"}))}}  # fmt: skip
+
+
+def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), protocols: Sequence[str] = ()
+                        ) -> Needs:  # fmt: skip
+    """The student report's twelve scenarios and four controls: as its code ran them (one seed, with t-SNE maps), and by a
+    fixed protocol with every seed, where its confounds are undone one at a time."""
+    s, smoke, real = scale_of(scale), scale == "smoke", scale in ("laptop", "paper")
+    sgd = {"momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "per_class": 5000 if real else 20 if smoke else 500,
+           "batch": 1024 if real else 64 if smoke else 128}  # fmt: skip
+    runs, evals, short = [], [], {"epochs": 2} if smoke else {}
+    for protocol in protocols or PROTOCOLS:
+        change, how = PROTOCOLS[protocol]
+        how = how | ({"labels": 0.1} if smoke else {})
+        for dataset in datasets or (("mnist", "cifar10") if real else s.datasets):
+            size = {"channels": 1, "size": 28} if dataset in GREY else {}
+            base = {"data": data.identify(dataset), "backbone": "small_cnn", "stats": "half", "augment": "none", **size}
+            for seed in (seeds or s.seeds)[: 1 if protocol == "faithful" else None]:
+                six = [RunConfig(method=m, seed=seed, **{**base, **sgd, **own, **change, **short, "augment": augment})
+                       for augment in ("none", "report_fer", "report_simclr") for m, own in LOSSES.items()]
+                if protocol == "faithful":  # maps, of the last by other perplexities too
+                    evals += [EvalConfig(run=r, kind="tsne", perplexity=p, bn="train", labels=0.1, points=1000 if real else 60)
+                              for r in six for p in ((20, 3, 10, 15, 25, 35, 50) if r is six[-1] else (20,))]
+                elif not smoke or dataset in GREY:
+                    six += [r.replace(**c[r.method]) for c in CONFOUNDS.values() for r in six[-2:] if r.method in c]
+                untrained = RunConfig(method="untrained", seed=seed, epochs=0, **base)
+                supervised = RunConfig(method="supervised", seed=seed, **base, **{  # the downstream recipe, with momentum
+                    "batch": 256, "lr": 0.05, "weight_decay": 0.0, "schedule": "constant", "epochs": 10, **short})  # fmt: skip
+                runs += [*six, untrained, supervised]
+                evals += [EvalConfig(run=r, kind="report", **how) for r in (*six, untrained, supervised)]
+                evals += [EvalConfig(run=untrained, kind="report", features=f, **how) for f in ("pixels", "pca")]
+    return list(dict.fromkeys(runs)), evals
+
+
 FIGURES: dict[str, Callable[..., Needs]] = {f.__name__: f for f in (
-    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, semantic_pairs,
-    five_axes, your_own_images)}
+    sidae_step_by_step, accuracy_vs_epochs, w_sweep, datasets_table, fine_tuning, stl_transfer, tsne, pairwise_vs_triplet,
+    semantic_pairs, five_axes, your_own_images)}
 
 
 def figure(name: str) -> Callable[..., Needs]:

@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from .train import device_of, provenance, write
 COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F",
            "simclr": "#56B4E9", "moco_v2": "#E69F00", "nnclr": "#332288", "fnc": "#8C510A", "byol": "#CC79A7",
            "vicreg": "#882255", "dino": "#999933", "barlow_twins": "#44AA99", "amdim": "#AA4466", "cpc_v2": "#6B4C9A",
-           "yadim": "#117733", "composed": "#117733"}
+           "yadim": "#117733", "composed": "#117733", "pairwise": "#B8860B", "triplet": "#4477AA"}
 NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
          "untrained": "Untrained", "simclr": "SimCLR", "moco_v2": "MoCo v2", "nnclr": "NNCLR", "fnc": "FNC", "byol": "BYOL",
          "vicreg": "VICReg", "dino": "DINO", "barlow_twins": "Barlow Twins", "amdim": "AMDIM", "cpc_v2": "CPC v2",
-         "yadim": "YADIM-like", "composed": "Composed"}
+         "yadim": "YADIM-like", "composed": "Composed", "pairwise": "Pairwise", "triplet": "Triplet"}
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
 PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
 MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^", "simclr": "D", "moco_v2": "v", "nnclr": "<", "fnc": ">", "byol": "P",
-           "vicreg": "X", "dino": "p", "barlow_twins": "h", "amdim": "d", "cpc_v2": "H", "yadim": "*"}
+           "vicreg": "X", "dino": "p", "barlow_twins": "h", "amdim": "d", "cpc_v2": "H", "yadim": "*",
+           "pairwise": "1", "triplet": "2"}
 OFFSETS = {"sidae": -0.15, "simsiam": 0.0, "dae": 0.15}  # of a method's marker from its row
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "legend.frameon": False, "svg.hashsalt": "sidae", "savefig.dpi": 200}
@@ -695,6 +696,20 @@ def probes(table: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale."""
     last = table[table["epoch"] == table["of"]]
     return last.pivot_table(index=["display", "labels", "method"], columns="kind", values="mean", sort=False).round(1)
+
+
+def panels(table: pd.DataFrame, draw: Callable[[plt.Axes, pd.DataFrame], Any], columns: int = 3, size: float = 2.1) -> Figure:
+    """One panel per value of the column `panel`, its rows drawn by draw(ax, rows); the first panel's legend stands for all."""
+    groups = list(table.groupby("panel", sort=False))
+    with _figure(size * columns, size * -(-len(groups) // columns) + 0.4) as fig:
+        axes = fig.subplots(-(-len(groups) // columns), columns, squeeze=False).flatten()
+        for ax, (name, rows) in zip(axes, groups):
+            ax.set_title(name)
+            draw(ax, rows)
+        for ax in axes[len(groups) :]:
+            ax.axis("off")
+        _legend(fig, axes[:1], 5)
+    return fig
 
 
 def scoreboard(records: Sequence[dict[str, Any]], scale: str, save: bool = False) -> pd.DataFrame:

@@ -42,6 +42,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
         return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
 
 
+def cosine_embedding(a: Tensor, b: Tensor, same: Tensor, margin: float = 0.0) -> Tensor:
+    """Cosine embedding loss (torch's; the student report's Sec. 3.4.2): the mean over pairs of 1 - cos(a, b) where `same`
+    (B,), of max(0, cos(a, b) - margin) elsewhere. a, b: (B, D), need not be normalised. Returns a scalar >= 0."""
+    return F.cosine_embedding_loss(a, b, 2.0 * same - 1, margin)
+
+
+def triplet(a: Tensor, p: Tensor, n: Tensor, margin: float = 1.0, distance: str = "euclidean") -> Tensor:
+    """Triplet margin loss (torch's; the student report's Sec. 3.4.3): the mean of max(0, margin + d(a, p) - d(a, n)) over
+    anchors, positives, negatives (B, D). distance: euclidean, or cosine, 1 - cos in [0, 2]; with cosine, margin 1 and no
+    negative cosine it is twice `cosine_embedding` of the two pairs. Returns a scalar >= 0."""
+    d = F.pairwise_distance if distance == "euclidean" else lambda u, v: 1 - F.cosine_similarity(u, v)
+    return F.triplet_margin_with_distance_loss(a, p, n, distance_function=d, margin=margin)
+
+
 def info_nce(sim: Tensor, positives: Tensor, drop: Tensor | None = None) -> Tensor:
     """Mean over rows of -log softmax at the positives (arXiv:1807.03748; averaged over positives as SupCon L_out).
 

@@ -57,13 +57,13 @@ class ResNet(nn.Module):
 
 class SmallCNN(nn.Sequential):
     """The student report's network, its Table 1: five 2x2 convolutions, 181,248 parameters on 1 x 28 x 28 and 181,504
-    on 3 x 32 x 32. (B, C, S, S) -> (B, 32) for S in {28, 32}, each value in (0, 1)."""
+    on 3 x 32 x 32. (B, C, S, S) -> (B, 32) for S in {28, 32}, each value in (0, 1) unless sigmoid is left out."""
 
-    def __init__(self, *, size: int = 32, channels: int = 3) -> None:
+    def __init__(self, *, size: int = 32, channels: int = 3, sigmoid: bool = True) -> None:
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 2, 2, 1, bias=False), nn.LeakyReLU(0.2)]
         for c in (32, 64, 128):
             layers += [nn.Conv2d(c, 2 * c, 2, 2, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Conv2d(256, 8, 2, bias=False), nn.Sigmoid(), nn.Flatten())
+        super().__init__(*layers, nn.Conv2d(256, 8, 2, bias=False), nn.Sigmoid() if sigmoid else nn.Identity(), nn.Flatten())
         for _ in range(4):
             size = size // 2 + 1
         self.out_features = 8 * (size - 1) ** 2
@@ -241,7 +241,7 @@ def backbone(config: RunConfig) -> nn.Module:
     """The backbone a config names, with `out_features`."""
     c = config
     if c.backbone == "small_cnn":
-        return SmallCNN(size=c.size, channels=c.channels)
+        return SmallCNN(size=c.size, channels=c.channels, sigmoid=c.embed == "sigmoid")
     if c.backbone == "amdim":
         if c.size != 32:
             raise SidaeError(f"AMDIM's encoder pads nothing and fits images of 32 pixels alone, not {c.size}; set size to 32.")

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,17 @@ def batches(n: int, batch: int, keep_last: bool) -> list[tuple[int, int]]:
 
 
 def training_pairs(config: RunConfig, images: Images, device: torch.device) -> tuple[Tensor, pairs.Pairs | None]:
-    """(N + P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j. First the N
-    images themselves, (i, i), then the P semantic pairs, which are returned apart too (None where there are none)."""
+    """(N + P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j; or triples. First
+    the method's own N, (i, i) for most, then the P semantic pairs, which are returned apart too (None where there are
+    none)."""
     split = images.split(config.split)
     n = len(split.images)
     if methods.check(config).labels:
         if split.labels is None:
             raise SidaeError(f"{config.method} needs labels, and the {config.split} split of {images.name} has none.")
         i = subset(n, fraction=config.labels, count=config.label_count, seed=config.label_seed)
+        if config.per_class:
+            i = torch.cat([(split.labels == c).nonzero()[: config.per_class, 0] for c in split.labels.unique()])
     else:
         i = subset(n, count=config.pool, seed=config.pool_seed) if config.pool else torch.arange(n)
     if len(i) < config.batch and not methods.METHODS[config.method].labels and config.epochs:
@@ -89,7 +93,7 @@ def training_pairs(config: RunConfig, images: Images, device: torch.device) -> t
     if "queue" in reads and config.epochs and (config.queue % config.batch or 2 * config.queue > len(i)):
         raise SidaeError(f"queue must be a multiple of batch ({config.batch}) and at most half of the {len(i)} images, or it "
                          f"holds earlier views of the batch's own, got {config.queue}.")  # fmt: skip
-    own = torch.stack([i, i], 1)
+    own = methods.METHODS[config.method].pairs(config, i, split.labels)
     if config.pairs == "none":
         return own, None
     extra = pairs.find(config, images, i, device)
@@ -197,6 +201,8 @@ class Run:
     """One run in memory: the method, its optimiser, the epoch's accumulators and how far it has come."""
 
     def __init__(self, config: RunConfig, images: Images, device: torch.device) -> None:
+        if config.stats == "half":
+            images = replace(images, mean=(0.5,) * config.channels, std=(0.5,) * config.channels)
         self.config, self.data, self.device = config, images, device
         self.pairs, self.extra = training_pairs(config, images, device)
         self.n = len(self.pairs) - (0 if self.extra is None else len(self.extra.i))  # samples in an epoch
@@ -236,6 +242,7 @@ class Run:
         views = (v(x, p, self.mean, self.std) for v, x, p in zip(make, (xi, xj, *[xi] * self.support), params, strict=True))
         x1 = (xi / 255 - self.mean) / self.std
         x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
+        batch = {k: (v / 255 - self.mean) / self.std if k == "xn" else v for k, v in batch.items()}
         batch = {**batch, "x1": x1, "x2": x2, "mean": self.mean, "std": self.std, "w": self.w}
         return tuple(v.contiguous(memory_format=torch.channels_last) for v in views), batch
 
@@ -282,15 +289,21 @@ class Run:
         order = torch.randperm(len(self.pairs), generator=generator)
         if self.config.pair_weight < 1:
             order = order[(order < self.n) | (torch.rand(len(order), generator=generator) < self.config.pair_weight)]
-        order = self.pairs[order[: self.n]].to(self.device)
-        draws = augment.VIEWS[self.config.augment].draw(len(order), self.config.size, generator, self.support)
-        return order, *({k: v.to(self.device) for k, v in p.items()} for p in draws)
+        order = order[: self.n]
+        drawn, picked = len(order), slice(None)
+        if not self.config.redraw:  # parameters belong to a pair, whatever the epoch
+            generator, drawn = torch.Generator().manual_seed(epoch_seed(self.config.seed, -2)), len(self.pairs)
+            picked = order
+        draws = augment.VIEWS[self.config.augment].draw(drawn, self.config.size, generator, self.support)
+        return self.pairs[order].to(self.device), *({k: v[picked].to(self.device) for k, v in p.items()} for p in draws)
 
     def samples(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> tuple:
         """Samples a to b of a drawn epoch, as `see` takes them."""
-        (i, j), params = drawn[0][a:b].unbind(1), tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
+        (i, j, *n), params = drawn[0][a:b].unbind(1), tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
+        if n:
+            batch["xn"] = self.images[n[0]]
         return xi, self.images[j] if self.paired else xi, params, batch
 
     def gauges(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> dict[str, float]:

@@ -38,12 +38,14 @@ RUN_DEFAULTS = {  # a key leaves out what is at its default, so no default ever 
     "prototypes": 2048, "support": 1, "top": 10, "threshold": 0.7, "cancel": "attract",
     "pairs": "none", "encoder": None, "encoder_epoch": -1, "pair_share": 0.1, "pair_seed": 0,
     "pair_low": 0.97, "pair_high": 0.99, "pair_count": 0, "pair_weight": 1.0,
+    "redraw": True, "stats": "data", "per_class": 0, "negatives": "class", "batch_norm": "each",
+    "embed": "sigmoid", "cos_margin": 0.0, "margin": 1.0, "distance": "euclidean",
 }  # fmt: skip
 EVAL_DEFAULTS = {
     "kind": "linear", "epoch": -1, "data": "", "labels": 1.0, "label_count": 0, "label_seed": 0, "seed": -1,
     "score_on": "test", "fold": -1, "fit_epochs": 50, "lr": 0.05, "backbone_lr": 0.05, "momentum": 0.9,
     "weight_decay": 0.0, "schedule": "constant", "batch": 256, "keep_last": True, "augment": "none", "bn": "eval",
-    "stats": "run", "k": 200, "tau": 0.1, "C": 1.0,
+    "stats": "run", "k": 200, "tau": 0.1, "C": 1.0, "features": "backbone", "points": 1000, "perplexity": 30.0,
 }  # fmt: skip
 
 
@@ -99,14 +101,16 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
              "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5, "ema": 0.5, "symmetric": True,
              "leave_out": "none", "cancel": "eliminate", "norm": "layer", "extract": "11", "compare": "cosine",
              "loss": "nce", "optimizer": "adam", "beta2": 0.5, "warmup": 0.5}  # fmt: skip
-    other |= {"pair_share": 0.5, "pair_low": 0.5, "pair_high": 0.98, "pair_weight": 0.5}
+    other |= {"pair_share": 0.5, "pair_low": 0.5, "pair_high": 0.98, "pair_weight": 0.5, "redraw": False, "stats": "half",
+              "negatives": "any", "batch_norm": "joint", "embed": "linear", "distance": "cosine"}
     names = {f.name for f in fields(RunConfig)} - {"pairs", "encoder"}
     bases = {name: mined() if name.startswith(("encoder", "pair_")) else run() for name in names}
     changed = [base.replace(**{name: other.get(name, 7)}) for name, base in bases.items()]
     changed += [run(pairs="random", pair_count=5), run(pairs="oracle", pair_count=5), mined(), mined(encoder=run(seed=1))]
     assert len({c.key() for c in [run(), *changed]}) == len(names) + 5
     other = {"run": run(seed=1), "kind": "knn", "data": "1", "labels": 0.5, "score_on": "val", "momentum": 0.5,
-             "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data"}  # fmt: skip
+             "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data",
+             "features": "pca"}  # fmt: skip
     changed = [evaluation().replace(**{f.name: other.get(f.name, 7)}) for f in fields(EvalConfig)]
     assert len({c.key() for c in [evaluation(), *changed]}) == len(fields(EvalConfig)) + 1
 

@@ -273,7 +273,7 @@ def test_unknown_names():
 OTHER = {"ema": 0.5, "symmetric": True, "leave_out": "none", "cancel": "eliminate",
          "w": 0.25, "predictor_lr": "constant", "proj_affine": True, "target": "unit", "recon": "sum",
          "recon_target": "view", "output": "tanh", "labels": 0.5, "extract": "11", "compare": "cosine",
-         "loss": "info_nce"}  # fmt: skip
+         "loss": "info_nce", "negatives": "any", "batch_norm": "joint", "embed": "linear", "distance": "cosine"}  # fmt: skip
 NEEDS = {  # what a method cannot do without, or cannot do with the default
     "untrained": {"epochs": 0}, "amdim": {"augment": "amdim", "backbone": "amdim"}, "yadim": {"augment": "yadim"},
     "cpc_v2": {"augment": "cpc_patches", "backbone": "patches18"},

@@ -8,6 +8,7 @@ from ..config import RunConfig, SidaeError
 from .base import Axes, Method
 from .contrastive import FNC, NNCLR, MoCo, SimCLR
 from .maps import AMDIM, CPC, YADIM, Composed
+from .metric import Pairwise, Triplet
 from .siamese import BYOL, DINO, BarlowTwins, VICReg
 from .sidae import DenoisingAutoencoder, SidAE, SimSiam
 from .supervised import Supervised, Untrained
@@ -30,6 +31,8 @@ METHODS: dict[str, type[Method]] = {
     "amdim": AMDIM,
     "yadim": YADIM,
     "composed": Composed,
+    "pairwise": Pairwise,
+    "triplet": Triplet,
 }
 SHARED = {f for m in METHODS.values() for f in m.reads}  # fields that some methods read and others do not
 

@@ -48,11 +48,17 @@ class Method(nn.Module):
     def validate(cls, config: RunConfig) -> None:
         """Raises SidaeError, before anything is computed, where the config's fields do not fit together."""
 
+    @classmethod
+    def pairs(cls, config: RunConfig, i: Tensor, labels: Tensor | None) -> Tensor:
+        """(P, 2) index pairs from the images i to train on; or (P, 3), whose third is in the batch as xn. labels: all (N,)."""
+        return i[:, None].repeat(1, 2)
+
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars with the key `loss`; and, not recorded as such, `z` (B, D), the projection whose spread is watched.
 
         views: two (B, C, S, S), normalised, and FNC's support after them.  batch: x1, x2 (B, C, S, S) clean and normalised
-        images i and j, labels, i, j (B,), and mean, std (C, 1, 1). Pure, but for what it stages for `after_step`.
+        images i and j, labels, i, j (B,), xn if `pairs` names one, and mean, std (C, 1, 1). Pure, but for what it stages
+        for `after_step`.
         """
         raise NotImplementedError
 

@@ -1,0 +1,57 @@
+"""Pairwise and triplet learning with negatives of another class: the student report "Contrastive learning" (R. Hammer,
+M. Pavlinec, N. Zarbock, A. Zeilmann; Goethe University Frankfurt, 2021)."""
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..config import RunConfig, epoch_seed
+from .base import Axes, Method
+
+
+def negatives(config: RunConfig, i: Tensor, labels: Tensor) -> Tensor:
+    """For each image of i one to push away, drawn once per seed: of another class, none twice for one class while they
+    last (Sec. 5.2); or, as one would without labels, any other image of the split, of labels (N,)."""
+    g = torch.Generator().manual_seed(epoch_seed(config.seed, -1))
+    if config.negatives == "any":
+        return (i + torch.randint(1, len(labels), (len(i),), generator=g)) % len(labels)
+    out = torch.empty_like(i)
+    for c in labels[i].unique():
+        own, other = (labels[i] == c).nonzero()[:, 0], (labels != c).nonzero()[:, 0]
+        out[own] = other[torch.randperm(len(other), generator=g)][torch.arange(len(own)) % len(other)]
+    return out
+
+
+class Pairwise(Method):
+    """Cosine embedding loss (Sec. 3.4.2) on pairs: an image and its view, or an image and a clean one to push away."""
+
+    axes = Axes("report_simclr", "backbone", "last vector per image", "cosine", "cosine_embedding, labelled negatives")
+    reads: tuple[str, ...] = ("per_class", "negatives", "batch_norm", "embed", "cos_margin")
+    labels = True
+
+    @classmethod
+    def pairs(cls, config: RunConfig, i: Tensor, labels: Tensor) -> Tensor:
+        n = negatives(config, i, labels)
+        return torch.stack([i, i, n], 1) if cls is Triplet else torch.cat([torch.stack([i, j], 1) for j in (i, n)])
+
+    def embed(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """BatchNorm sees each input alone, as in the report's code, or all of them at once."""
+        if self.config.batch_norm == "each":
+            return tuple(self.backbone(x) for x in inputs)
+        return self.backbone(torch.cat(inputs)).chunk(len(inputs))
+
+    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        same = batch["i"] == batch["j"]
+        a, b = self.embed(views[0], torch.where(same[:, None, None, None], views[1], batch["x2"]))  # (B, D)
+        return {"loss": losses.cosine_embedding(a, b, same, self.config.cos_margin), "z": a.detach()}
+
+
+class Triplet(Pairwise):
+    """Triplet margin loss (Sec. 3.4.3): an image, its view, and a clean image to push away."""
+
+    axes = Axes("report_simclr", "backbone", "last vector per image", "Euclidean distance", "triplet, labelled negatives")
+    reads = (*Pairwise.reads[:-1], "margin", "distance")
+
+    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        a, p, n = self.embed(*views, batch["xn"])  # (B, D)
+        return {"loss": losses.triplet(a, p, n, self.config.margin, self.config.distance), "z": a.detach()}
