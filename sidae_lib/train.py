@@ -212,7 +212,7 @@ class Run:
         with seeded(config.seed):
             self.method = methods.build(config, len(images.classes))
         self.method.to(device, memory_format=torch.channels_last).train()
-        i, j = self.pairs[self.n :].to(device).unbind(1)
+        i, j = self.pairs[self.n :, :2].to(device).unbind(1)
         self.method.partners = torch.cat([(i << 32) + j, (j << 32) + i])
         groups, c = self.method.param_groups(config.lr), config
         self.optimizer: torch.optim.Optimizer = (

@@ -25,7 +25,8 @@ def negatives(config: RunConfig, i: Tensor, labels: Tensor) -> Tensor:
 class Pairwise(Method):
     """Cosine embedding loss (Sec. 3.4.2) on pairs: an image and its view, or an image and a clean one to push away."""
 
-    axes = Axes("report_simclr", "backbone", "last vector per image", "cosine", "cosine_embedding, labelled negatives")
+    axes = Axes(augment="report_simclr", encode="backbone", extract="last vector per image", compare="cosine_embedding",
+                loss="cosine_embedding, labelled negatives")  # fmt: skip
     reads: tuple[str, ...] = ("per_class", "negatives", "batch_norm", "embed", "cos_margin")
     labels = True
 
@@ -49,7 +50,8 @@ class Pairwise(Method):
 class Triplet(Pairwise):
     """Triplet margin loss (Sec. 3.4.3): an image, its view, and a clean image to push away."""
 
-    axes = Axes("report_simclr", "backbone", "last vector per image", "Euclidean distance", "triplet, labelled negatives")
+    axes = Axes(augment="report_simclr", encode="backbone", extract="last vector per image", compare="triplet, Euclidean",
+                loss="triplet, labelled negatives")  # fmt: skip
     reads = (*Pairwise.reads[:-1], "margin", "distance")
 
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
