@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sidae_lib import augment, data, experiments, figures, losses, methods, networks, published, train
 from sidae_lib.config import RunConfig, SidaeError, epoch_seed
@@ -177,7 +177,8 @@ def test_resnet34_is_torchvisions():
                          ids=lambda c: c.backbone)  # fmt: skip
 def test_an_encoder_comes_back_from_its_file(config, tmp_path):
     net = networks.backbone(config).eval()
-    train.save_tensors(tmp_path / "b.safetensors", net.state_dict(), {"config": config.to_dict(), "mean": [0], "std": [1]})
+    meta = json.dumps({"config": config.to_dict(), "mean": [0], "std": [1]})
+    save_file(net.state_dict(), tmp_path / "b.safetensors", {"sidae": meta})
     assert torch.equal(networks.load(tmp_path / "b.safetensors")(noise(2, 3, 32, 32)), net(noise(2, 3, 32, 32)))
 
 
