@@ -495,23 +495,6 @@ def test_the_loop_is_plain_adam(tmp_path):
         assert (p - two.method.get_parameter(k)).norm() < 0.01 * (p - start[k]).norm(), k
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["amdim", "cpc_v2"])
-def test_the_loss_fits_in_one_compiled_graph(method, monkeypatch):
-    """As a long run on a GPU has it: no break, also where scores are computed in blocks; the first losses are the same."""
-    monkeypatch.setattr(maps, "BLOCK", 20_000)
-    config = run(method, data=data.identify("digits"), pool=48, batch=16, epochs=1, **ADAM)
-    images, values = data.by_fingerprint(config.data), []
-    for mode in ("eager", "step"):
-        one = train.Run(config, images, torch.device("cpu"))
-        one.set_mode(mode)
-        drawn = one.draw(0)
-        for a, b in one.bounds[:2]:
-            one.advance(drawn, a, b)
-        values.append(one.sums["loss"].item())
-    assert values[0] == approx(values[1], rel=1e-4)
-
-
 def test_lr_warms_up_and_drops():
     assert [train.lr_at(s, 300, 1.0, "steps") for s in (0, 249, 250, 279, 280, 299)] == approx([1, 1, 0.2, 0.2, 0.04, 0.04])
     assert [train.lr_at(s, 100, 2.0, "constant", 0.1) for s in (0, 4, 9, 10, 99)] == approx([0.2, 1, 2, 2, 2])
