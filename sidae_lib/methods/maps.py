@@ -101,7 +101,7 @@ class Composed(Method):
                 anchors = [self.anchor(maps[v][str(a)], self.place[n, v, :B]) for v in (0, 1)]  # (B, D)
                 flat = [[m[str(b)].permute(2, 3, 0, 1).flatten(0, 2) for m in maps] for b in candidates]  # (L B, D)
                 each = [(self.contrast(anchors[0], c2, B) + self.contrast(anchors[1], c1, B)) / 2 for c1, c2 in flat]
-                terms.append(torch.stack(each)[(self.map[n] * len(each)).long()])
+                terms.append(torch.stack(each).index_select(0, (self.map[n : n + 1] * len(each)).long())[0])
                 z = anchors[0] if n == 0 else z
             value, square = torch.stack(terms).sum(0)
         out = {"loss": value, "z": z[:B].detach()}
