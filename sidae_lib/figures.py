@@ -26,7 +26,7 @@ from .train import device_of, provenance, write
 COLOURS = {"sidae": "#D55E00", "simsiam": "#0072B2", "dae": "#009E73", "supervised": "#000000", "untrained": "#7F7F7F",
            "simclr": "#56B4E9", "moco_v2": "#E69F00", "nnclr": "#332288", "fnc": "#8C510A", "byol": "#CC79A7",
            "vicreg": "#882255", "dino": "#999933", "barlow_twins": "#44AA99", "amdim": "#AA4466", "cpc_v2": "#6B4C9A",
-           "yadim": "#117733", "composed": "#117733", "pairwise": "#B8860B", "triplet": "#4477AA"}
+           "yadim": "#117733", "composed": "#225555", "pairwise": "#B8860B", "triplet": "#4477AA"}
 NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervised": "Supervised",
          "untrained": "Untrained", "simclr": "SimCLR", "moco_v2": "MoCo v2", "nnclr": "NNCLR", "fnc": "FNC", "byol": "BYOL",
          "vicreg": "VICReg", "dino": "DINO", "barlow_twins": "Barlow Twins", "amdim": "AMDIM", "cpc_v2": "CPC v2",

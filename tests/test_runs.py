@@ -132,16 +132,16 @@ def test_command_line(store):
     """Runs without Jupyter, says what is recorded, and a second call computes nothing."""
     first = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
     assert first.returncode == 0, first.stderr
-    assert "6 runs and 44 evaluations are recorded" in first.stdout and "trained simsiam" in first.stdout
+    assert "8 runs and 46 evaluations are recorded" in first.stdout and "trained simsiam" in first.stdout
     kept = {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")}
-    assert len(kept) == 6 + 44
+    assert len(kept) == 8 + 46
     again = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
     assert again.returncode == 0 and "trained simsiam" not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")} == kept
     listed = cli("list", "--scale", "smoke").stdout
     assert "sidae_step_by_step" in listed and "1 of 1 recorded" in listed
     table = figures.summary(figures.evaluations(list(runs.every("eval-*"))))
-    assert len(table) == 44 and set(table["n"]) == {1} and table["se"].isna().all()
+    assert len(table) == 46 and set(table["n"]) == {1} and table["se"].isna().all()
 
 
 @pytest.mark.parametrize("args, sentence", [
