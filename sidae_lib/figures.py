@@ -58,7 +58,8 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "input": ask.get("augment", "none"), "varied": "; ".join(f"{k}: {v}" for k, v in methods.varied(run).items()),
             "w": run.w, "augment": run.augment, "target": f"{run.target}, {run.recon}",
             "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "scored": ask.get("score_on", "test"),
-            "kind": r["kind"] + "".join(f", {k} {ask[k]}" for k in ("fit_epochs",) if k in ask), "C": ask.get("C", 1.0),
+            "kind": r["kind"] + (f", {n} epochs" if (n := ask.get("fit_epochs", 50)) not in (2, 50) else ""),  # 2: smoke's 50
+            "C": ask.get("C", 1.0),
             "labels": ask.get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
         })

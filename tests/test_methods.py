@@ -38,7 +38,7 @@ def inputs(step=0, n=8):
     g = torch.Generator().manual_seed(step)
     v1, v2, x1, x2 = (torch.randn(n, 3, 32, 32, generator=g) for _ in range(4))
     mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
-    return (v1, v2), {"x1": x1, "x2": x2, "mean": mean, "std": std, "labels": torch.arange(n) % 10}
+    return (v1, v2), {"x1": x1, "x2": x2, "mean": mean, "std": std, "labels": torch.arange(n) % 10, "xn": x2.flip(0)}
 
 
 # --- five SGD steps -------------------------------------------------------------------------------------------------

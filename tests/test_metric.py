@@ -125,14 +125,14 @@ def test_label_free_negatives_are_false_as_often_as_chance():
 @pytest.mark.parametrize("method", LOSSES)
 def test_the_lists_are_the_reports(method):
     c = config(method, per_class=5)
-    pairs, labels = train.training_pairs(c, digits(c)), digits(c).split("train").labels
+    pairs, labels = train.training_pairs(c, digits(c), CPU)[0], digits(c).split("train").labels
     first = torch.cat([torch.tensor([k for k, y in enumerate(labels.tolist()) if y == d][:5]) for d in range(10)])
     n = negatives(c, first, labels)
     if method == "triplet":
         assert torch.equal(pairs, torch.stack([first, first, n], 1))
     else:
         assert torch.equal(pairs[:50], torch.stack([first, first], 1)) and torch.equal(pairs[50:], torch.stack([first, n], 1))
-    assert len(train.training_pairs(c.replace(per_class=0), digits(c))) == 1437 * (1 if method == "triplet" else 2)
+    assert len(train.training_pairs(c.replace(per_class=0), digits(c), CPU)[0]) == 1437 * (1 if method == "triplet" else 2)
 
 
 def test_490_updates_of_each_loss():
@@ -148,7 +148,7 @@ def test_490_updates_of_each_loss():
 def reference(c, steps=None):
     """The report's code: positives made once, pairs or triples as tensors, a call per input, plain SGD."""
     images = digits(c).split("train")
-    pairs = train.training_pairs(c, digits(c))
+    pairs = train.training_pairs(c, digits(c), CPU)[0]
     torch.manual_seed(c.seed)
     net = methods.build(c).backbone.to(memory_format=torch.channels_last).train()
     initial = {k: v.clone() for k, v in net.named_parameters()}
@@ -179,7 +179,7 @@ def reference(c, steps=None):
 @pytest.mark.parametrize("method", LOSSES)
 def test_the_loop_is_the_reports(method, tmp_path):
     c = config(method, lr=0.5)
-    assert len(train.training_pairs(c, digits(c))) % c.batch  # a partial batch is there, and kept
+    assert len(train.training_pairs(c, digits(c), CPU)[0]) % c.batch  # a partial batch is there, and kept
     net, initial, losses = reference(c)
     record = train.pretrain(c, digits(c), tmp_path, device=CPU)
     assert [e["loss"] for e in record["epochs"]] == approx(losses, rel=1e-4)
@@ -230,7 +230,7 @@ def test_a_stopped_run_equals_one_that_was_not(method, tmp_path):
     drawn = run.draw(0)
     for a, b in run.bounds[:2]:
         run.advance(drawn, a, b)
-    train.save_tensors(tmp_path / "parts" / "checkpoint.safetensors", run.state(), run.meta())
+    run.save(tmp_path / "parts" / "checkpoint.safetensors")
     parts = train.pretrain(c, digits(c), tmp_path / "parts", device=CPU)
     assert [e["loss"] for e in parts["epochs"]] == [e["loss"] for e in whole["epochs"]]
     a, b = (networks.load(tmp_path / f / "backbone-e002.safetensors").state_dict() for f in ("whole", "parts"))
