@@ -104,7 +104,7 @@ class Notebook:
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.page.goto(url)
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", state="attached")
-        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", state="attached")
+        self.page.get_by_text(re.compile(r"Python 3.*\| Idle")).first.wait_for()  # a kernel, and it waits
 
     def menu(self, top: str, item: str) -> None:
         self.page.get_by_role("menuitem", name=top, exact=True).click()
@@ -186,8 +186,8 @@ def test_the_stop_button_and_on(home, notebook):
               'run = experiments.run("simsiam", "digits", scale, batch=256, epochs=12)\n(record,) = runs.fetch_all([run])',
               'print(record["steps"], "steps done")']  # fmt: skip
     cells = [nbformat.v4.new_code_cell(s) for s in source]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), home / "notebooks" / "stop.ipynb")
+    metadata = nbformat.read(NOTEBOOKS[0], as_version=4).metadata
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), home / "notebooks" / "stop.ipynb")
     nb = notebook("stop.ipynb")
     nb.menu("Run", "Run All Cells")
     training = nb.cell("runs.fetch_all")
