@@ -181,9 +181,9 @@ def test_run_all_change_run_again(notebook):
 
 def test_the_stop_button_and_on(home, notebook):
     """Stopped in the middle, a training cell leaves a checkpoint; run again, it goes on from there and ends."""
-    config = experiments.run("simsiam", "digits", "quick", batch=256, epochs=12)
+    config = experiments.run("simsiam", "digits", "quick", batch=256, epochs=20)
     source = ['scale: str = "quick"', "from sidae_lib import experiments, runs",
-              'run = experiments.run("simsiam", "digits", scale, batch=256, epochs=12)\n(record,) = runs.fetch_all([run])',
+              'run = experiments.run("simsiam", "digits", scale, batch=256, epochs=20)\n(record,) = runs.fetch_all([run])',
               'print(record["steps"], "steps done")']  # fmt: skip
     cells = [nbformat.v4.new_code_cell(s) for s in source]
     metadata = nbformat.read(NOTEBOOKS[0], as_version=4).metadata
@@ -191,7 +191,7 @@ def test_the_stop_button_and_on(home, notebook):
     nb = notebook("stop.ipynb")
     nb.menu("Run", "Run All Cells")
     training = nb.cell("runs.fetch_all")
-    training.get_by_text(re.compile(r"simsiam \w{6}: +\d+%")).first.wait_for()  # its progress shows
+    training.get_by_text(re.compile(r"simsiam\s\w{6}:\s*\d+%")).first.wait_for()  # its progress shows
     nb.screenshot("progress")
     time.sleep(2)
     nb.page.locator("[data-command='notebook:interrupt-kernel'], [data-jp-item-name='interrupt']").first.click()
@@ -200,10 +200,10 @@ def test_the_stop_button_and_on(home, notebook):
     folder = home / "runs" / config.key()
     with safe_open(folder / "checkpoint.safetensors", "pt") as f:
         step = json.loads(f.metadata()["sidae"])["step"]
-    assert 0 < step < 12 * 5 and not (folder / "record.json").exists()
+    assert 0 < step < 20 * 5 and not (folder / "record.json").exists()
     nb.screenshot("stopped")
     nb.menu("Run", "Run All Cells")
-    nb.cell("steps done").locator(".jp-OutputArea").get_by_text("60 steps done").wait_for(timeout=120_000)
+    nb.cell("steps done").locator(".jp-OutputArea").get_by_text("100 steps done").wait_for(timeout=120_000)
     record = json.loads((folder / "record.json").read_text())
-    assert len(record["epochs"]) == 12 and not (folder / "checkpoint.safetensors").exists()
+    assert len(record["epochs"]) == 20 and not (folder / "checkpoint.safetensors").exists()
     assert nb.errors == []
