@@ -586,7 +586,7 @@ def pair_accuracy(table: pd.DataFrame) -> Figure:
             ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         fig.axes[0].set(ylabel="pairs of one class (%)", title="More pairs, lower threshold")
         fig.axes[1].set(title="Longer training")
-        fig.axes[1].xaxis.get_major_locator().set_params(integer=True)
+        fig.axes[1].xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     return fig
 
 

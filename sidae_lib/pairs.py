@@ -45,7 +45,7 @@ def _band(z: Tensor, low: float, high: float, count: int | None) -> Pairs:
     if not (norm.isfinite() & (norm > 0)).all():
         raise SidaeError("Some embeddings are zero or not finite, so they have no cosine; look at the encoder's record.")
     e, n, floor = z / norm.float()[:, None], len(z), low
-    found = Pairs(*torch.empty(2, 0, dtype=torch.int64, device=z.device), norm[:0])
+    found = Pairs(*torch.empty(2, 0, dtype=torch.int64, device=z.device), norm[:0])  # type: ignore[call-arg]
     for a, b in combinations_with_replacement(range(0, n, TILE), 2):
         s = e[a : a + TILE] @ e[b : b + TILE].T
         if a == b:
