@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -36,11 +37,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_hints = lru_cache(get_type_hints)  # a grid of the paper a hundred times over makes half a million configs
+
+
 class _Config:
     """Strict construction, canonical JSON and the key, shared by the configs below."""
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
+        for name, kind in _hints(type(self)).items():
             value = getattr(self, name)
             if kind is int and type(value) is int:
                 self._require(abs(value) < 2**63, f"{name} must lie below 2^63.")
@@ -67,6 +71,10 @@ class _Config:
 
     def key(self) -> str:
         """16 hex digits that name this config."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         return digest(self.to_dict())[:16]
 
     @classmethod
@@ -74,7 +82,7 @@ class _Config:
         """Inverse of `to_dict`. Raises SidaeError on an unknown field or a wrong type."""
         if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
             raise SidaeError(f"A {cls.__name__} is a JSON object, not {type(d).__name__}.")
-        kinds = {k: next(iter(get_args(hint)), hint) for k, hint in get_type_hints(cls).items()}  # of `X | None` it is X
+        kinds = {k: next(iter(get_args(hint)), hint) for k, hint in _hints(cls).items()}  # of `X | None` it is X
         return cls.create(**{k: v if v is None else getattr(kinds.get(k), "from_dict", lambda v: v)(v) for k, v in d.items()})
 
     def replace(self, **changes):
