@@ -65,7 +65,7 @@ LONG = [[method, [["step", 1 + k % 3], ["step", 2], ["checkpoint", PLACES[k]], [
                                             ("sidae", "sync", "rename")])]  # fmt: skip
 
 
-OTHERS = [m for m in methods.METHODS if m not in ("untrained", "sidae", "simsiam", "dae", "supervised")]
+OTHERS = [m for m in methods.METHODS if m not in ("untrained", "sidae", "simsiam", "dae", "supervised", "composed")]
 
 
 def assert_nothing_lost(killed: list[dict]) -> None:
