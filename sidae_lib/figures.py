@@ -34,7 +34,7 @@ NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervis
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
 PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
 MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^", "simclr": "D", "moco_v2": "v", "nnclr": "<", "fnc": ">", "byol": "P",
-           "vicreg": "X", "dino": "p", "barlow_twins": "h", "amdim": "d", "cpc_v2": "H", "yadim": "*",
+           "vicreg": "X", "dino": "p", "barlow_twins": "h", "amdim": "d", "cpc_v2": "H", "yadim": "*", "composed": "4",
            "pairwise": "1", "triplet": "2"}
 OFFSETS = {"sidae": -0.15, "simsiam": 0.0, "dae": 0.15}  # of a method's marker from its row
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,

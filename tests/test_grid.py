@@ -354,7 +354,7 @@ def test_tls(certificates):
         assert cluster.address.startswith("tls://")
         cluster.worker("a")
         asked = ("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu", "--scheduler", cluster.address)
-        stranger = cli(*asked)
+        stranger = cli(*asked, DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="5s")
         assert stranger.returncode == 2 and "No scheduler answers at tls://" in stranger.stderr
         done = cli(*asked, **env)
         assert done.returncode == 0 and len(cluster.records("a")) == 1, done.stderr + (certificates / "a.log").read_text()
