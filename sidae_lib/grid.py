@@ -106,7 +106,7 @@ def _connect(client: "Client | str") -> "Client":
 
     try:
         client = Client(client, set_as_default=False) if isinstance(client, str) else client
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:  # TypeError: TLS without a certificate
         raise SidaeError(f"No scheduler answers at {client}; start one with `dask scheduler`, or use --jobs.") from e
     wrong = {a: v for a, v in client.run(version).items() if v != __version__}
     if wrong:

@@ -135,7 +135,7 @@ def whole(configs: list) -> list:
     """The records of a run that nothing interrupted, made in another store."""
     store = os.environ["SIDAE_RUNS"]
     os.environ["SIDAE_RUNS"] = store + "-whole"
-    assert fork(lambda: fetch(configs)) == 0
+    assert (done := fork(lambda: fetch(configs), said=True)) == (0, ""), done
     records = [runs.find(c) for c in configs]
     os.environ["SIDAE_RUNS"] = store
     return records
