@@ -29,8 +29,9 @@ def die() -> None:
 
 def kill_at_step(n: int) -> None:
     """In the n-th step from here, after the optimiser has moved the weights."""
-    step, left = torch.optim.SGD.step, iter(range(n - 1, -1, -1))
-    torch.optim.SGD.step = lambda self: (step(self), next(left) or die())[0]
+    left = iter(range(n - 1, -1, -1))
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        kind.step = lambda self, step=kind.step: (step(self), next(left) or die())[0]
 
 
 def kill_at_write(file: str, place: str) -> None:
