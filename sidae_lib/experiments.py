@@ -332,6 +332,9 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
             more = {} if m == "untrained" else dict(length)
             if m == "supervised":
                 more["labels"] = s.labels[0]
+            if "per_class" in methods.METHODS[m].reads:  # sets of ten classes; a pairwise image is seen in two pairs
+                seen = length.get("pool") or s.pool.get(dataset) or data.TRAINING.get(dataset, 1437)
+                more["per_class"] = seen // {"pairwise": 20, "triplet": 10}[m]
             if scale == "smoke" and "queue" in methods.METHODS[m].reads:
                 more["queue"] = 64  # at most half of the pool
             own[m] = run(m, dataset, scale, seed, **more)

@@ -625,3 +625,13 @@ def test_a_composed_run_trains_is_read_and_is_drawn(store):
         assert again.get_title() == once.get_title() and len(again.lines) == len(once.lines) > 3
         for a, b in zip(again.lines, once.lines):
             assert a.get_xydata() == approx(b.get_xydata(), nan_ok=True)
+
+
+@pytest.mark.parametrize("scale, seen", [("smoke", 120), ("laptop", 5000)])
+def test_labelled_pairs_and_triples_see_as_many_images(scale, seen, monkeypatch):
+    """An epoch of pairs, of triples and of images alone is one number of samples, up to what ten classes leave over."""
+    runs, _ = experiments.five_axes(scale, ["digits"] if scale == "smoke" else ["cifar10"], [0])
+    own = {r.method: r for r in runs if r.method in ("pairwise", "triplet", "simsiam")}
+    assert 2 * 10 * own["pairwise"].per_class == 10 * own["triplet"].per_class == seen
+    assert own["simsiam"].pool == {"smoke": 128}.get(scale, seen)
+    assert len({r.epochs for r in own.values()}) == 1
