@@ -147,4 +147,4 @@ def test_more_seeds_reach_the_figure(store):
     assert set(one["n"]) == {1} and one["se"].isna().all()
     assert set(two["n"]) == {2} and two["se"].notna().all() and len(two) == len(one)
     assert not one["mean"].equals(two["mean"])
-    assert said == ["50 records are computed now, 0 are read", "50 records are computed now, 50 are read"]
+    assert said == ["54 records are computed now, 0 are read", "54 records are computed now, 54 are read"]
