@@ -6,7 +6,9 @@ alone needs the notebooks extra. Exit code 0: all ran; 1: one failed; 2: nothing
 
 import argparse
 import ast
+import copy
 import os
+import re
 import sys
 import tempfile
 import time
@@ -152,7 +154,11 @@ def render(nb: nbformat.NotebookNode) -> str:
     {{- super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ', 1) }}{% endblock %}"""
     exporter = HTMLExporter(extra_loaders=[DictLoader({"alt.html.j2": template})], template_file="alt.html.j2",
                             embed_images=True)  # fmt: skip
-    return exporter.from_notebook_node(nb, {"metadata": {"path": str(paths.ROOT / "notebooks")}})[0]
+    nb = copy.deepcopy(nb)  # the exporter embeds only what lies below its path: the checkout, not the notebooks' folder
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(!\[[^\]]*\]\()\.\./", r"\1", cell.source)
+    return exporter.from_notebook_node(nb, {"metadata": {"path": str(paths.ROOT)}})[0]
 
 
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds: float | None) -> str:
