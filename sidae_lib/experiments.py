@@ -212,11 +212,11 @@ def datasets_table(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int
 
 def fine_tuning(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Figure 6: the backbone moves too, for every length of pre-training (first and last below paper scale), SidAE at
-    w = 0.5 and, once the sweep that chooses it is recorded, at the chosen w."""
+    w = 0.5 and, once the sweep that chooses it is recorded, at the chosen w; and that sweep."""
     s = scale_of(scale)
     dataset = (datasets or s.datasets)[-1]
     chosen = best_w(scale, (dataset,), seeds)
-    parts = [w_sweep(scale, (dataset,), seeds)] if chosen is None else []
+    parts = [w_sweep(scale, (dataset,), seeds)]  # recorded or not: what a figure needs does not depend on the store
     for seed in seeds or s.seeds:
         found = [pretrained(dataset, scale, seed, kinds=("finetune",)), supervised(dataset, scale, seed)]
         if chosen not in (None, 0.5):

@@ -28,8 +28,8 @@ def test_fine_tuning_takes_the_chosen_w_once_it_is_known(store, monkeypatch):
     before = experiments.fine_tuning("quick", ["digits"])
     assert set(experiments.w_sweep("quick", ["digits"])[1]) <= set(before[1])
     monkeypatch.setattr(experiments, "best_w", lambda *_: 0.75)
-    runs_, evals = experiments.fine_tuning("quick", ["digits"])
-    assert {r.w for r in runs_ if r.method == "sidae"} == {0.5, 0.75}
+    evals = experiments.fine_tuning("quick", ["digits"])[1]
+    assert {e.run.w for e in evals if e.kind == "finetune" and e.run.method == "sidae"} == {0.5, 0.75}
     tuned = [e for e in evals if e.kind == "finetune" and e.run.method == "simsiam" and e.labels == 1.0]
     assert [e.epoch for e in tuned] == [experiments.checkpoints(tuned[0].run, 4)[0], tuned[0].run.epochs]
 
