@@ -94,7 +94,7 @@ def test_validation_compares_the_run_keys_and_no_accuracy(path):
     text = "".join(map(printed, compared))
     runs, _ = experiments.FIGURES[path.stem.split("_", 1)[1]]("smoke")
     assert runs and all(r.key() in text for r in runs)
-    assert "accuracy" not in text and "loss" not in text
+    assert not re.search(r"(accuracy|loss)\S*\s+-?\d+\.\d", text)
 
 
 def validate(folder: Path, notebook: Path, edit: tuple[str, str, str] | None) -> subprocess.CompletedProcess:
