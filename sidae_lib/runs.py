@@ -225,7 +225,7 @@ def plan(configs: Sequence[Config], *, weights: bool = False, log: Callable = pr
     return list(jobs.values())
 
 
-Outcome = tuple[Job, Exception | None]
+Outcome = tuple[Job, Exception | None, int]  # its error if it failed; how many are running elsewhere meanwhile
 
 
 def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Callable) -> Iterator[Outcome]:
@@ -240,7 +240,7 @@ def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Ca
         except SidaeError as e:
             error = e
             broken.add(job.run)
-        yield job, error
+        yield job, error, 0
         if isinstance(error, train.Stopped):
             return
 
@@ -270,14 +270,15 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
         outcomes = _here(jobs, here, deadline, log)
     failed: dict[str, Exception] = {}
     stopped, began = None, time.monotonic()
-    for n, (job, error) in enumerate(outcomes, 1):
+    for n, (job, error, running) in enumerate(outcomes, 1):
         if isinstance(error, train.Stopped):
             stopped = error
         elif error:
             failed[f"{job.run.method} {job.run.key()}"] = error
         if len(jobs) > 1:
             left = (time.monotonic() - began) / n * (len(jobs) - n)
-            log(f"{n} of {len(jobs)} runs done, {len(failed)} failed, about {left / 60:.1f} min left")
+            now = f"{running} running, " if client else ""
+            log(f"{n} of {len(jobs)} runs done, {now}{len(failed)} failed, about {left / 60:.1f} min left")
     if stopped:
         raise train.Stopped(f"{stopped} {len(missing(configs))} of {len(set(configs))} records are left.")
     if failed:
