@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 import torch
 
-from sidae_lib import augment, evaluate, experiments, train
+from sidae_lib import augment, evaluate, experiments, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images
 
@@ -94,7 +95,7 @@ def probe(bench: Bench) -> Rows:
     """A pipeline of no ops has another name than `none`, so `evaluate` runs the backbone in every epoch for it."""
     augment.VIEWS["bare"] = augment.Views((), ())
     config, images = paper(bench, "simsiam", 512)
-    images = c.cut(images, 256 if bench.quick else 2_000 if bench.device.type == "cpu" else 50_000)
+    images = c.cut(images, 256 if bench.quick else 1_000 if bench.device.type == "cpu" else 50_000)
     with tempfile.TemporaryDirectory() as folder:
         train.Run(config, images, bench.device).save_backbone(Path(folder), 0)
 
@@ -160,6 +161,24 @@ def mining(bench: Bench) -> Rows:
             yield row | {"seconds_million": row["median"] * (1e6 / n) ** power}
 
 
+def precision(bench: Bench) -> Rows:
+    """What bfloat16 does to the accuracy: the same seeds trained in both, paired; n is the number of seeds."""
+    scale, images, accuracy = "smoke" if bench.quick else "quick", c.load("digits"), {"fp32": [], "bf16": []}
+    for seed in range(bench.repeats):
+        for kind, found in accuracy.items():
+            run = experiments.run("sidae", "digits", scale, seed, precision=kind)
+            with tempfile.TemporaryDirectory() as folder:
+                train.pretrain(run, images, Path(folder), device=bench.device)
+                ask, weights = EvalConfig(run=run, labels=0.1), Path(folder) / train.backbone_name(run.epochs)
+                found.append(evaluate.evaluate(ask, images, weights, device=bench.device)["accuracy"])
+    for kind, found in accuracy.items():
+        yield {"scale": scale, "what": kind, "unit": "% accuracy", "median": median(found), "spread": max(found) - min(found),
+               "n": len(found)}  # fmt: skip
+    mean, low, high = published.interval([b - a for a, b in zip(*accuracy.values())])
+    yield {"scale": scale, "what": "bf16 less fp32, mean", "unit": "points", "median": mean, "n": bench.repeats, "low": low,
+           "high": high}  # fmt: skip
+
+
 def floor(bench: Bench) -> Rows:
     cuda = bench.device.type == "cuda"
     sizes = (64, 128) if bench.quick else (512, 1024, 2048, 4096) + (8192, 16384) * cuda
@@ -183,7 +202,7 @@ def floor(bench: Bench) -> Rows:
 
 SECTIONS: dict[str, Callable[[Bench], Rows]] = {
     "pretrain": pretrain, "sidae": sidae, "narrow": narrow, "augment": augmentation, "probe": probe, "growth": growth,
-    "pairs": mining, "floor": floor}  # fmt: skip
+    "pairs": mining, "floor": floor, "precision": precision}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

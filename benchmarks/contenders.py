@@ -88,9 +88,12 @@ def load(name: str) -> Images:
 
 
 def cut(images: Images, n: int) -> Images:
-    """The first n training and n / 5 test images."""
-    parts = ((name, m, images.split(name)) for name, m in (("train", n), ("test", n // 5)))
-    return replace(images, splits={name: Split(s.images[:m], s.labels[:m]) for name, m, s in parts})
+    """n training and n / 5 test images, evenly spaced: sets come sorted by class."""
+    def spaced(s: Split, m: int) -> Split:
+        k = max(1, len(s.images) // m)
+        return Split(s.images[::k][:m], s.labels[::k][:m])
+
+    return replace(images, splits={name: spaced(images.split(name), m) for name, m in (("train", n), ("test", n // 5))})
 
 
 def learner(run: train.Run, compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], None]:

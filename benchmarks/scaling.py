@@ -1,38 +1,54 @@
-"""What a second local worker gains: `python -m benchmarks.scaling [RUNS]`, on a machine that does nothing else.
+"""What a second local worker gains: `python -m benchmarks.scaling [RUNS [ROUNDS]]`, on a machine that does nothing else.
 
-The same grid of short runs on one worker and on two, one thread each, after a run that warms each worker up; and what the
-grid adds to a run: wall time less the runs' own seconds, on one worker.
+The same grid of short runs on one worker and on two, one thread each, in turns, after a run that warms each worker up; and
+what the grid adds to a run: wall time less the runs' own seconds, on one worker. Written to results/scaling.csv.
 """
 
 import os
 import sys
 import tempfile
 import time
+from pathlib import Path
+from statistics import median
 
-from sidae_lib import experiments, grid, runs
+import pandas as pd
+import torch
+
+from sidae_lib import experiments, grid, runs, train
+
+from .timing import Bench, Row, hardware
 
 
 def quiet(_: str) -> None:
     pass
 
 
-def measured(workers: int, n: int) -> tuple[float, float, float]:
-    """(seconds until the workers are warm, wall seconds of n runs, seconds of training in them)."""
+def measured(workers: int, n: int) -> tuple[float, float]:
+    """(wall seconds of n runs, seconds of training in them)."""
     configs = [experiments.run("simsiam", "digits", "smoke", s, epochs=20) for s in range(n + 2)]
     with tempfile.TemporaryDirectory() as store:
         os.environ["SIDAE_RUNS"], os.environ["SIDAE_RECORDS"] = store, store
         grid.CPU_COUNT = workers  # one thread each
-        began = time.perf_counter()
         with grid.local(workers, "cpu") as address:
             runs.fetch_all(configs[n:], client=address, device="cpu", log=quiet)
-            warm = time.perf_counter()
+            began = time.perf_counter()
             records = runs.fetch_all(configs[:n], client=address, device="cpu", log=quiet)
-            return warm - began, time.perf_counter() - warm, sum(r["seconds"] for r in records)
+            return time.perf_counter() - began, sum(r["seconds"] for r in records)
+
+
+def row(what: str, unit: str, values: list[float], at: int) -> Row:
+    return {"what": what, "unit": unit, "median": median(values), "spread": max(values) - min(values), "n": len(values), "at": at}
+
+
+def main(n: int = 16, rounds: int = 3) -> None:
+    one, two = zip(*((measured(1, n), measured(2, n)) for _ in range(rounds)))
+    rows = [row("runs on one worker", "seconds", [w for w, _ in one], n), row("runs on two workers", "seconds", [w for w, _ in two], n),
+            row("two workers over one", "times", [a / b for (a, _), (b, _) in zip(one, two)], n),
+            row("added to a run by the grid", "seconds", [(w - own) / n for w, own in one], n)]  # fmt: skip
+    table = pd.DataFrame(rows).assign(**hardware(Bench(torch.device("cpu"))) | {"threads": 1})
+    train.write(Path(__file__).parent / "results" / "scaling.csv", table.to_csv(index=False).encode())
+    print(table.to_string(index=False))
 
 
 if __name__ == "__main__":
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 16
-    (up1, wall1, own1), (up2, wall2, own2) = (measured(w, n) for w in (1, 2))
-    print(f"{n} runs on 1 worker {wall1:.1f} s, on 2 workers {wall2:.1f} s: {wall1 / wall2:.2f} times as fast")
-    print(f"overhead per run {(wall1 - own1) / n:.2f} s on 1 worker; training {own1 / n:.2f} s, of two {own2 / n:.2f} s")
-    print(f"until the workers were warm: {up1:.1f} s, {up2:.1f} s")
+    main(*map(int, sys.argv[1:]))
