@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from . import data, methods, paths, published, train
-from .config import EvalConfig, RunConfig, SidaeError
+from .config import EvalConfig, RunConfig, SidaeError, digest
 from .train import device_of, provenance, write
 
 # Okabe & Ito's colours, then Tol's and Brewer's dark ones, one per method in every figure; baselines are grey lines
@@ -48,9 +48,12 @@ def hardware(p: dict[str, Any]) -> str:
 
 def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per evaluation record: what was trained, what was measured, accuracy in percent, and on what hardware."""
-    rows = []
+    rows, runs = [], {}  # a run is evaluated many times, and its config is checked with care
     for r in records:
-        run, ask = RunConfig.from_dict(r["config"]["run"]), r["config"]
+        ask = r["config"]
+        if (key := digest(ask["run"])) not in runs:
+            runs[key] = RunConfig.from_dict(ask["run"])
+        run = runs[key]
         rows.append({
             "data": r["data"]["name"], "display": r["data"]["display"], "pretrain": data.display(run.data),
             "pretrain_name": data.KNOWN.get(run.data, (run.data,))[0],
