@@ -13,6 +13,7 @@ from typing import Any
 
 from . import data, methods, own, pairs, runs
 from .config import EvalConfig, RunConfig, SidaeError
+from .methods import metric
 
 
 @dataclass(frozen=True)
@@ -373,14 +374,7 @@ def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[in
     return runs, evals
 
 
-LOSSES = {"pairwise": {"lr": 0.05, "epochs": 5}, "triplet": {"lr": 0.15, "epochs": 10}}  # 490 updates each
 PROTOCOLS = {"faithful": ({"redraw": False}, {"bn": "train", "score_on": "part"}), "fixed": ({"batch_norm": "joint"}, {})}
-CONFOUNDS: dict[str, dict[str, dict[str, Any]]] = {  # one change each, of the losses that are named
-    "lr 0.05": {"triplet": {"lr": 0.05}}, "lr 0.15": {"pairwise": {"lr": 0.15}}, "margin 0.2": {"triplet": {"margin": 0.2}},
-    "margin 0.5": {"pairwise": {"cos_margin": 0.5}}, "cosine distance": {"triplet": {"distance": "cosine"}},
-    **{name: dict.fromkeys(LOSSES, change) for name, change in (
-        ("no sigmoid", {"embed": "linear"}), ("label-free negatives", {"negatives": "any"}),
-        ("anchors augmented", {"augment": "report_simclr_anchors"}))}}  # fmt: skip
 
 
 def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), protocols: Sequence[str] = ()
@@ -399,12 +393,12 @@ def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequenc
             base = {"data": data.identify(dataset), "backbone": "small_cnn", "stats": "half", "augment": "none", **size}
             for seed in (seeds or s.seeds)[: 1 if protocol == "faithful" else None]:
                 six = [RunConfig(method=m, seed=seed, **{**base, **sgd, **own, **change, **short, "augment": augment})
-                       for augment in ("none", "report_fer", "report_simclr") for m, own in LOSSES.items()]
+                       for augment in ("none", "report_fer", "report_simclr") for m, own in metric.LOSSES.items()]
                 if protocol == "faithful":  # maps, of the last by other perplexities too
                     evals += [EvalConfig(run=r, kind="tsne", perplexity=p, bn="train", labels=0.1, points=1000 if real else 60)
                               for r in six for p in ((20, 3, 10, 15, 25, 35, 50) if r is six[-1] else (20,))]
                 elif not smoke or dataset in GREY:
-                    six += [r.replace(**c[r.method]) for c in CONFOUNDS.values() for r in six[-2:] if r.method in c]
+                    six += [r.replace(**c[r.method]) for c in metric.CONFOUNDS.values() for r in six[-2:] if r.method in c]
                 untrained = RunConfig(method="untrained", seed=seed, epochs=0, **base)
                 supervised = RunConfig(method="supervised", seed=seed, **base, **{  # the downstream recipe, with momentum
                     "batch": 256, "lr": 0.05, "weight_decay": 0.0, "schedule": "constant", "epochs": 10, **short})  # fmt: skip

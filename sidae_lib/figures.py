@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from . import data, methods, paths, published, train
 from .config import EvalConfig, RunConfig, SidaeError, digest
+from .methods.metric import undone
 from .train import device_of, provenance, write
 
 # Okabe & Ito's colours, then Tol's and Brewer's dark ones, one per method in every figure; baselines are grey lines
@@ -47,7 +48,8 @@ def hardware(p: dict[str, Any]) -> str:
 
 
 def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row per evaluation record: what was trained, what was measured, accuracy in percent, and on what hardware."""
+    """One row per evaluation record (of kind report: per metric): what was trained, what was measured, accuracy in percent,
+    and on what hardware."""
     rows, runs = [], {}  # a run is evaluated many times, and its config is checked with care
     for r in records:
         ask = r["config"]
@@ -66,6 +68,13 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "labels": ask.get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
         })
+        if r["kind"] == "report":  # and a row for each of its other metrics; a class's accuracy has the class's name
+            features = ask.get("features", "backbone")
+            rows[-1] |= {"metric": "accuracy", "channels": run.channels, "undone": undone(run),
+                         "method": run.method if features == "backbone" else features}  # fmt: skip
+            classes = (name.split(" - ")[0] for name in r["classes"])  # MNIST calls one "8 - eight"
+            others = {"top3": r["top3"], "knn": r["knn"]} | dict(zip(classes, r["per_class"]))
+            rows += [rows[-1] | {"metric": name, "accuracy": value} for name, value in others.items()]
     return pd.DataFrame(rows)
 
 

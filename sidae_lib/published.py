@@ -1,7 +1,7 @@
 """The papers' numbers and claims as data, and what our records say to each.
 
-`published.csv` holds every number with its source, `claims.csv` every claim in words; a claim's function below says which
-differences over seeds decide it. `scoreboard` puts both beside our evaluations.
+`published.csv` holds every number with its source, `claims.csv` every claim in words; a claim's function below, or its
+`sides` ("better > worse"), say which differences over seeds decide it. `scoreboard` puts both beside our evaluations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -110,12 +110,27 @@ def _comparable(row: Any, scale: str) -> str:
 
 def _claims(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for c in pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples():
-        for case, differences in CLAIMS[c.name](frame):
+        for case, differences in CLAIMS[c.name](frame) if c.name in CLAIMS else _scenarios(frame, c.sides):
             if len(differences):
                 mean, low, high = interval(differences)
                 limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
                 yield {"paper": c.paper, "source": c.source, "statement": c.claim, "case": case, "n": len(differences),
                        "difference": mean, "low": low, "high": high, "verdict": verdict(differences, *limits)}
+
+
+def sides(frame: pd.DataFrame, query: str) -> pd.Series:
+    """"better > worse", two queries of the evaluations: the least of one side less the greatest of the other, by seed."""
+    keys = ["seed", "data", "method", "augment"]
+    better, worse = (frame.query(q).groupby(keys)["accuracy"].mean().groupby("seed") for q in query.split(" > "))
+    return (better.min() - worse.max()).dropna()
+
+
+def _scenarios(frame: pd.DataFrame, query: str) -> Cases:
+    """The student report's, with none of its confounds undone."""
+    if "undone" in frame:
+        frame = frame[frame["undone"] == ""]
+        shown = dict.fromkeys(name for q in query.split(" > ") for name in frame.query(q)["display"])
+        yield ", ".join(shown), sides(frame, query)
 
 
 # --- SidAE ---------------------------------------------------------------------------------------------------------
@@ -286,11 +301,9 @@ def _w_alike(frame: pd.DataFrame) -> Cases:
 @claim("loses_more")
 def _loses_more(frame: pd.DataFrame) -> Cases:
     """What the supervised network loses from many to scarce labels, less what a pre-trained one loses."""
-    last = _last(frame)
-    for display, part in last.groupby("display", sort=False):
-        shares = sorted(set(part["labels"]))
-        if len(shares) == 2 and any(True for _ in _probed(part)):
-            rows = pd.concat(p for _, _, p in _probed(part))
+    for display, part in _last(frame).groupby("display", sort=False):
+        rows = pd.concat([part[:0], *(p for _, _, p in _probed(part))])
+        if len(shares := sorted(set(rows["labels"]))) == 2:
             loss = {m: paired(rows, {"method": m, "labels": shares[1]}, {"method": m, "labels": shares[0]})
                     for m in ("supervised", *SSL)}
             for m in SSL:

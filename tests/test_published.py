@@ -56,8 +56,21 @@ def test_differences_are_paired_by_seed():
 
 
 def test_every_claim_has_its_words_and_its_function():
-    names = pd.read_csv(published.__file__.replace("published.py", "claims.csv"))["name"]
-    assert set(names) == set(published.CLAIMS) and names.is_unique
+    claims = pd.read_csv(published.__file__.replace("published.py", "claims.csv"))
+    assert set(claims[claims["sides"].isna()]["name"]) == set(published.CLAIMS) and claims["name"].is_unique
+
+
+def test_a_claim_with_sides_takes_the_least_of_the_better_and_the_greatest_of_the_worse():
+    """By seed, among the scenarios alone: not where a confound is undone, nor by another metric."""
+    report = {"kind": "report", "display": "MNIST", "data": "mnist", "metric": "accuracy", "channels": 1, "undone": ""}
+    rows = [row("triplet", s, a + s, augment=v, **report) for s in range(3)
+            for v, a in (("none", 90.0), ("report_fer", 91.0), ("report_simclr", 93.5))]
+    rows += [row("triplet", s, 99.0, augment="none", **report | change) for s in range(3)
+             for change in ({"undone": "lr 0.05"}, {"metric": "knn"})]  # fmt: skip
+    board = claims(rows, "SimCLR's augmentation is the best for triplet")
+    assert board.index.tolist() == ["MNIST"] and board["difference"].tolist() == [2.5] and board["n"].tolist() == [3]
+    assert board["verdict"].tolist() == ["supported"]
+    assert claims(rows, "triplet beats pairwise").empty and claims([row("sidae", 0, 50.0)], "triplet").empty
 
 
 def grid(**accuracies):

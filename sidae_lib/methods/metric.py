@@ -1,12 +1,27 @@
 """Pairwise and triplet learning with negatives of another class: the student report "Contrastive learning" (R. Hammer,
 M. Pavlinec, N. Zarbock, A. Zeilmann; Goethe University Frankfurt, 2021)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import losses
 from ..config import RunConfig, epoch_seed
 from .base import Axes, Method
+
+LOSSES = {"pairwise": {"lr": 0.05, "epochs": 5}, "triplet": {"lr": 0.15, "epochs": 10}}  # 490 updates each
+CONFOUNDS: dict[str, dict[str, dict[str, Any]]] = {  # one change each, of the losses that are named
+    "lr 0.05": {"triplet": {"lr": 0.05}}, "lr 0.15": {"pairwise": {"lr": 0.15}}, "margin 0.2": {"triplet": {"margin": 0.2}},
+    "margin 0.5": {"pairwise": {"cos_margin": 0.5}}, "cosine distance": {"triplet": {"distance": "cosine"}},
+    **{name: dict.fromkeys(LOSSES, change) for name, change in (
+        ("no sigmoid", {"embed": "linear"}), ("label-free negatives", {"negatives": "any"}),
+        ("anchors augmented", {"augment": "report_simclr_anchors"}))}}  # fmt: skip
+
+
+def undone(config: RunConfig) -> str:
+    """The confound of the report that a run undoes, or nothing."""
+    return "".join(n for n, c in CONFOUNDS.items() if config.method in c and c[config.method].items() <= vars(config).items())
 
 
 def negatives(config: RunConfig, i: Tensor, labels: Tensor) -> Tensor:
