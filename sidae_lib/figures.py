@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from . import data, methods, paths, published, train
 from .config import EvalConfig, RunConfig, SidaeError, digest
@@ -152,6 +153,9 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
     for suffix, metadata in (("svg", {"Date": None}), ("png", None)):
         with plt.rc_context(STYLE):
             fig.savefig(content := io.BytesIO(), format=suffix, metadata=metadata)
+        if suffix == "png":  # 256 colours are a third of the size, and the index page holds every figure
+            few = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            few.save(content := io.BytesIO(), "PNG", optimize=True)
         write(folder / f"{name}.{suffix}", content.getvalue())
     return fig
 

@@ -102,7 +102,7 @@ def keep(config: Config, record: Record) -> Record:
     """Files a record, with its checksum; the caller holds the lock."""
     record = {k: v for k, v in record.items() if k != "check"}
     record["check"] = digest(record)
-    train.write(folder(config) / _name(config), json.dumps(record, allow_nan=False, indent=1).encode())
+    train.write(folder(config) / _name(config), json.dumps(record, allow_nan=False).encode())
     return record
 
 
