@@ -76,9 +76,8 @@ def readme(text: str) -> str:
         if found := [published[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in published]:
             table = figures.beside_published(figures.summary(figures.evaluations(found)))
             for r in sorted(table.itertuples(), key=lambda r: (r.display, -r.labels, order.index(r.method))):
-                share = f"{figures.percent(r.labels)} = {r.n_train:,}"
-                rows.append(f"| {r.display} | {share} | {figures.NAMES[r.method]} | {r.ours}, {r.n} | {r.paper} | "
-                            f"{scale}, {r.hardware} |")
+                share, name = f"{figures.percent(r.labels)} = {r.n_train:,}", figures.variant(r.method, r.w, r.augment)
+                rows.append(f"| {r.display} | {share} | {name} | {r.ours}, {r.n} | {r.paper} | {scale}, {r.hardware} |")
     board = ["| claim of the paper | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
     for scale in ("laptop", "paper"):
         if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:
