@@ -271,11 +271,11 @@ def points(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     for r in records:
         run = RunConfig.from_dict(r["config"]["run"])
         for name in ("tsne", "pca"):
-            x, y = np.array(r[name]["xy"]).T
-            parts.append(pd.DataFrame({"method": run.method, "w": run.w, "map": name, "x": x, "y": y, "label": r["labels"],
+            x, y = np.array(r[name]["xy"]).round(3).T
+            parts.append(pd.DataFrame({"method": run.method, "map": name, "x": x, "y": y, "label": r["labels"],
                                        "index": r["points"], "knn": r["accuracy"], "k": r["config"].get("k", 200),
                                        "trustworthiness": r[name]["trustworthiness"], "seed": run.seed,
-                                       "display": r["data"]["display"], "n": 1, "hardware": hardware(r["provenance"])}))
+                                       "data": r["data"]["name"], "n": 1, "hardware": hardware(r["provenance"])}))
             parts[-1]["class"] = [r["classes"][label] for label in r["labels"]]
     return pd.concat(parts, ignore_index=True)
 
@@ -291,7 +291,7 @@ def tsne(table: pd.DataFrame) -> Figure:
             part = table[(table["method"] == methods_[column]) & (table["map"] == ("tsne", "pca")[row])]
             for label, name in classes.items():
                 own = part[part["label"] == label]
-                ax.scatter(own["x"], own["y"], s=2, lw=0, color=colours[label % 20], label=name)
+                ax.scatter(own["x"], own["y"], s=2, lw=0, color=colours[label % 20], label=name, rasterized=True)
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f"kNN {part['knn'].iloc[0]:.1f} %\ntrustworthiness {part['trustworthiness'].iloc[0]:.2f}", fontsize=6)
             if row == 0:
