@@ -4,6 +4,7 @@ Smoke scale, an empty store, no progress bars and no times of day, neighbouring 
 stands the same one from figures/ at the largest scale there is.
 """
 
+import base64
 import os
 import sys
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
+
+from sidae_lib import figures
 
 HERE = Path(__file__).resolve().parent
 TAG = "larger-scale"
@@ -34,11 +37,13 @@ def beside(nb: nbformat.NotebookNode, stem: str) -> None:
 
 
 def tidy(nb: nbformat.NotebookNode) -> None:
-    """What differs from run to run goes; what one cell printed in pieces becomes one output."""
+    """What differs from run to run goes, charts get small; what one cell printed in pieces becomes one output."""
     for cell in nb.cells:
         cell.metadata.pop("execution", None)
         joined: list[nbformat.NotebookNode] = []
         for out in cell.get("outputs", []):
+            if "image/png" in (data := out.get("data", {})):
+                data["image/png"] = base64.b64encode(figures.small(base64.b64decode(data["image/png"]))).decode() + "\n"
             if joined and out.output_type == "stream" == joined[-1].output_type and out.name == joined[-1].name:
                 joined[-1].text += out.text
             else:

@@ -153,11 +153,18 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
     for suffix, metadata in (("svg", {"Date": None}), ("png", None)):
         with plt.rc_context(STYLE):
             fig.savefig(content := io.BytesIO(), format=suffix, metadata=metadata)
-        if suffix == "png":  # 256 colours are a third of the size, and the index page holds every figure
-            few = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            few.save(content := io.BytesIO(), "PNG", optimize=True)
-        write(folder / f"{name}.{suffix}", content.getvalue())
+        write(folder / f"{name}.{suffix}", small(content.getvalue()) if suffix == "png" else content.getvalue())
     return fig
+
+
+def small(png: bytes) -> bytes:
+    """A chart in 256 colours, a third of the size; a picture that loses by it stays as it is."""
+    full = Image.open(io.BytesIO(png)).convert("RGB")
+    few = full.quantize(256, dither=Image.Dither.NONE)
+    if np.abs(np.asarray(full, float) - np.asarray(few.convert("RGB"), float)).mean() > 0.5:
+        return png
+    few.save(out := io.BytesIO(), "PNG", optimize=True)
+    return min(png, out.getvalue(), key=len)
 
 
 def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
