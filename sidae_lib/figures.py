@@ -215,7 +215,7 @@ def w_sweep(table: pd.DataFrame) -> Figure:
     shares = sorted(set(table["labels"]), reverse=True)
     plain = table["target"] == "standardised, mean"
     table = table.assign(w=table["w"].where(table["method"] == "sidae", (table["method"] == "simsiam").astype(float)))
-    with _figure(5.8, 2.7) as fig:
+    with _figure(6.4, 2.9) as fig:
         left, right = fig.subplots(1, 2, sharey=True)
         for share, colour in zip(shares, (COLOURS["sidae"], COLOURS["simsiam"])):
             for scored, style in (("test", {"ls": "-", "marker": "o"}), ("val", {"ls": ":", "marker": "o", "mfc": "white"})):
@@ -231,9 +231,9 @@ def w_sweep(table: pd.DataFrame) -> Figure:
         left.set(title=f"{table['display'].iloc[0]}", ylabel="accuracy (%), SGD probe")
         right.set_title(f"scale of the target, {percent(shares[-1])} of labels")
         right.legend(fontsize=6, title="pixels, reduction", title_fontsize=6)
-        left.legend(fontsize=6)
         for ax in (left, right):
             ax.set_xlabel("w  (0: autoencoder, 1: SimSiam)")
+        _legend(fig, [left], 4)
     return fig
 
 
