@@ -23,7 +23,8 @@ def larger(stem: str) -> str:
     """Markdown that shows the figure of this name at the largest scale of figures/, or nothing below laptop scale."""
     for scale in ("paper", "laptop"):
         if (HERE.parent / "figures" / scale / f"{stem}.png").exists():
-            return f"The same figure at {scale} scale:\n\n![{stem} at {scale} scale](../figures/{scale}/{stem}.png)"
+            alt = f"{stem.replace('_', ' ')}, the same figure at {scale} scale"
+            return f"The same figure at {scale} scale:\n\n![{alt}](../figures/{scale}/{stem}.png)"
     return ""
 
 
