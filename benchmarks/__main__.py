@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
@@ -19,7 +18,7 @@ from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images
 
 from . import contenders as c
-from .timing import Bench, Contender, Row, fresh, hardware, measure
+from .timing import Bench, Contender, Row, fresh, hardware, measure, summed_up
 
 Rows = Iterable[Row]
 
@@ -172,8 +171,7 @@ def precision(bench: Bench) -> Rows:
                 ask, weights = EvalConfig(run=run, labels=0.1), Path(folder) / train.backbone_name(run.epochs)
                 found.append(evaluate.evaluate(ask, images, weights, device=bench.device)["accuracy"])
     for kind, found in accuracy.items():
-        yield {"scale": scale, "what": kind, "unit": "% accuracy", "median": median(found), "spread": max(found) - min(found),
-               "n": len(found)}  # fmt: skip
+        yield {"scale": scale} | summed_up(kind, "% accuracy", found)
     mean, low, high = published.interval([b - a for a, b in zip(*accuracy.values())])
     yield {"scale": scale, "what": "bf16 less fp32, mean", "unit": "points", "median": mean, "n": bench.repeats, "low": low,
            "high": high}  # fmt: skip

@@ -9,14 +9,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
 
 from sidae_lib import experiments, grid, runs, train
 
-from .timing import Bench, Row, hardware
+from .timing import Bench, hardware, summed_up
 
 
 def quiet(_: str) -> None:
@@ -36,18 +35,13 @@ def measured(workers: int, n: int) -> tuple[float, float]:
             return time.perf_counter() - began, sum(r["seconds"] for r in records)
 
 
-def row(what: str, unit: str, values: list[float], at: int) -> Row:
-    spread = max(values) - min(values)
-    return {"what": what, "unit": unit, "median": median(values), "spread": spread, "n": len(values), "at": at}
-
-
 def main(n: int = 16, rounds: int = 3) -> None:
     one, two = zip(*((measured(1, n), measured(2, n)) for _ in range(rounds)))
-    rows = [row("runs on one worker", "seconds", [w for w, _ in one], n),
-            row("runs on two workers", "seconds", [w for w, _ in two], n),
-            row("two workers over one", "times", [a / b for (a, _), (b, _) in zip(one, two)], n),
-            row("added to a run by the grid", "seconds", [(w - own) / n for w, own in one], n)]
-    table = pd.DataFrame(rows).assign(**hardware(Bench(torch.device("cpu"))) | {"threads": 1})
+    rows = [summed_up("runs on one worker", "seconds", [w for w, _ in one]),
+            summed_up("runs on two workers", "seconds", [w for w, _ in two]),
+            summed_up("two workers over one", "times", [a / b for (a, _), (b, _) in zip(one, two)]),
+            summed_up("added to a run by the grid", "seconds", [(w - own) / n for w, own in one])]
+    table = pd.DataFrame(rows).assign(at=n, **hardware(Bench(torch.device("cpu"))) | {"threads": 1})
     train.write(Path(__file__).parent / "results" / "scaling.csv", table.to_csv(index=False).encode())
     print(table.to_string(index=False))
 

@@ -70,6 +70,11 @@ class Contender:
     info: Row = field(default_factory=dict)
 
 
+def summed_up(what: str, unit: str, values: Sequence[float]) -> Row:
+    """The median of n values and their spread, largest less smallest."""
+    return {"what": what, "unit": unit, "median": median(values), "spread": max(values) - min(values), "n": len(values)}
+
+
 def measure(bench: Bench, contenders: Sequence[Contender]) -> list[Row]:
     """One row per contender: median, spread (largest less smallest) and number of its values, and the median of the
     ratios to `of`. Rounds of A B C ... until bench.repeats or the deadline, one at least."""
@@ -95,7 +100,7 @@ def measure(bench: Bench, contenders: Sequence[Contender]) -> list[Row]:
             break
     rows = []
     for c, v in values.items():
-        rows.append({"what": c.what, "unit": c.unit, "median": median(v), "spread": max(v) - min(v), "n": len(v)})
+        rows.append(summed_up(c.what, c.unit, v))
         if c.of in values:
             ratio = median(a / b for a, b in zip(v, values[c.of], strict=True))
             rows[-1] |= {"ratio": ratio, "of": c.of.what}
