@@ -162,10 +162,11 @@ def mining(bench: Bench) -> Rows:
 
 def precision(bench: Bench) -> Rows:
     """What bfloat16 does to the accuracy: the same seeds trained in both, paired; n is the number of seeds."""
-    scale, images, accuracy = "smoke" if bench.quick else "quick", c.load("digits"), {"fp32": [], "bf16": []}
+    scale, length = ("smoke", {}) if bench.quick else ("quick", {"epochs": 30})
+    images, accuracy = c.load("digits"), {"fp32": [], "bf16": []}
     for seed in range(bench.repeats):
         for kind, found in accuracy.items():
-            run = experiments.run("sidae", "digits", scale, seed, precision=kind)
+            run = experiments.run("sidae", "digits", scale, seed, precision=kind, **length)
             with tempfile.TemporaryDirectory() as folder:
                 train.pretrain(run, images, Path(folder), device=bench.device)
                 ask, weights = EvalConfig(run=run, labels=0.1), Path(folder) / train.backbone_name(run.epochs)

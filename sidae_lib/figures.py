@@ -128,6 +128,19 @@ def gain(frame: pd.DataFrame) -> pd.DataFrame:
     return ends.pivot_table(index=["display", "labels", "method", "epoch"], columns="kind", values="gain", sort=False).round(1)
 
 
+def order(cases: dict[str, Sequence[dict[str, Any]]]) -> pd.DataFrame:
+    """A row per change (`experiments.hypotheses`, its records): mean accuracies in percent, and SidAE less the better of
+    SimSiam and autoencoder, paired by seed, with its 95 % interval."""
+    rows = []
+    for change, records in cases.items():
+        wide = evaluations(records).pivot_table(index="seed", columns="method", values="accuracy").dropna()
+        lead = wide["sidae"] - wide[["simsiam", "dae"]].max(axis=1)
+        mean, low, high = published.interval(lead)
+        rows.append({"change": change, **wide.mean(), "n": len(lead), "lead": mean, "low": low, "high": high,
+                     "SidAE leads": published.verdict(lead)})  # fmt: skip
+    return pd.DataFrame(rows).round(2)
+
+
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
     """A figure that pyplot makes, so that a notebook can show it, and forgets, so that it is not shown twice."""

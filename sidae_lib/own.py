@@ -19,7 +19,7 @@ from . import data, paths, train
 from .config import RunConfig, SidaeError
 from .data import Images, subset
 
-STEPS = {"smoke": 8, "quick": 330, "laptop": 2500, "paper": 19_500}  # optimiser steps of a run without a time budget
+STEPS = {"smoke": 8, "quick": 220, "laptop": 2500, "paper": 19_500}  # optimiser steps of a run without a time budget
 SHARES = (0.01, 0.05, 0.1, 1.0)  # of the training labels, for the learning curve
 PRETRAINED = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "the autoencoder"}
 

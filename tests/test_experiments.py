@@ -17,11 +17,40 @@ def test_the_ends_of_the_sweep_are_the_autoencoder_and_simsiam():
     assert all(e.epoch == e.run.epochs for e in evals)
 
 
-def test_table_1_trains_nothing_of_its_own():
+def test_table_1_trains_the_hypotheses_alone():
     table, evals = experiments.datasets_table("laptop")
     others = {r for build in (experiments.accuracy_vs_epochs, experiments.stl_transfer) for r in build("laptop")[0]}
-    assert set(table) <= others and {e.kind for e in evals} == {"linear", "classifier"}
+    asked = sum(experiments.hypotheses("laptop").values(), [])
+    assert set(table) <= others | {e.run for e in asked} and {e.kind for e in evals} == {"linear", "classifier"}
     assert all(e.epoch == e.run.epochs for e in evals)
+    assert all((e in asked) == (e.score_on == "val") for e in evals)
+
+
+def test_a_hypothesis_is_one_change_and_never_looks_at_test():
+    cases = experiments.hypotheses("laptop")
+    base = cases.pop("none")
+    differing = {"targets in [0, 1]": {"target"}, "twice the rate": {"lr"}, "twice the steps": {"epochs"}}
+    assert set(cases) == set(differing)
+    for change, evals in cases.items():
+        assert [(e.run.method, e.run.seed) for e in evals] == [(e.run.method, e.run.seed) for e in base]
+        for one, other in zip(evals, base):
+            a, b = one.run.to_dict(), other.run.to_dict()
+            changed = {k for k in a | b if a.get(k) != b.get(k)}
+            assert changed == (set() if change.startswith("targets") and one.run.method == "simsiam" else differing[change])
+    assert {e.score_on for evals in cases.values() for e in evals} == {"val"}
+    assert experiments.hypotheses("quick") == {}
+
+
+def test_the_lead_is_against_the_better_of_the_two():
+    """By seed: 50 - max(40, 45) = 5 and 60 - max(70, 30) = -10."""
+    evals = experiments.hypotheses("laptop", ["cifar10"], [0, 1])["none"]
+    values = iter((50.0, 40.0, 45.0, 60.0, 70.0, 30.0))
+    made = {"display": "CIFAR-10", "name": "cifar10"}
+    records = [{"config": e.to_dict(), "data": made, "epoch": 65, "kind": "linear", "n_train": 500, "accuracy": next(values),
+                "run_key": e.run.key(), "provenance": {"device": "x", "threads": 1}} for e in evals]  # fmt: skip
+    (row,) = figures.order({"none": records}).to_dict("records")
+    assert (row["sidae"], row["simsiam"], row["dae"], row["n"], row["lead"]) == (55, 55, 37.5, 2, -2.5)
+    assert row["SidAE leads"] == "undecided (n = 2)" and row["low"] < -90
 
 
 def test_fine_tuning_takes_the_chosen_w_once_it_is_known(store, monkeypatch):
@@ -30,7 +59,7 @@ def test_fine_tuning_takes_the_chosen_w_once_it_is_known(store, monkeypatch):
     monkeypatch.setattr(experiments, "best_w", lambda *_: 0.75)
     evals = experiments.fine_tuning("quick", ["digits"])[1]
     assert {e.run.w for e in evals if e.kind == "finetune" and e.run.method == "sidae"} == {0.5, 0.75}
-    tuned = [e for e in evals if e.kind == "finetune" and e.run.method == "simsiam" and e.labels == 1.0]
+    tuned = [e for e in evals if e.kind == "finetune" and e.run.method == "simsiam" and e.labels == 0.5]
     assert [e.epoch for e in tuned] == [experiments.checkpoints(tuned[0].run, 4)[0], tuned[0].run.epochs]
 
 
