@@ -22,7 +22,8 @@ Options of the first form:
   --device auto|cpu|cuda   where to train (default: auto)
   --seeds N                seeds 0 to N-1 instead of the scale's own
   --minutes N              stop at a checkpoint after N minutes in all; the next call goes on from there
-  --jobs N                 train in N processes of this machine, one per GPU or sharing the cores
+  --jobs N                 train in N processes of this machine, one per GPU or sharing the cores (default: 1; without a
+                           GPU at scales quick and laptop one per core, at most 4)
   --scheduler ADDRESS      train on the workers of this Dask scheduler (README: "One machine, several, Slurm")
   --download               allow data sets to be downloaded
   --fresh                  compute everything again in an empty store under runs/, and note the time; deletes nothing

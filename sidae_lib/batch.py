@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,6 +131,20 @@ def _environment(args: argparse.Namespace) -> None:
     os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
 
 
+def _jobs(args: argparse.Namespace) -> int:
+    """In how many processes to train. One process of several threads leaves a narrow network's cores half idle, one per
+    core trains half as much again (benchmarks/README.md); at most four, since each takes a GiB."""
+    if args.jobs or args.scale not in ("quick", "laptop") or os.environ.get("SIDAE_SCHEDULER"):
+        return args.jobs or 1
+    import torch  # late, so that a mistyped call is refused at once
+
+    if find_spec("distributed") is None or args.device != "cpu" and torch.cuda.is_available():
+        return 1
+    from .grid import CPU_COUNT
+
+    return min(CPU_COUNT, 4)
+
+
 @contextmanager
 def _silence(log: Path) -> Iterator[None]:
     """Sends stdout and stderr to a file, those of a kernel started meanwhile too."""
@@ -187,10 +202,11 @@ def main(argv: list[str] | None = None) -> int:
     start, failed, clock = time.monotonic(), [], []
     with ExitStack() as stack:
         jupyter = stack.enter_context(tempfile.TemporaryDirectory())  # a "python3" of the user's may be another interpreter
-        if args.jobs:
+        if (jobs := _jobs(args)) > 1:
             from . import grid  # needs the cluster extra
 
-            os.environ["SIDAE_SCHEDULER"] = stack.enter_context(grid.local(args.jobs, args.device))
+            with _silence(out / "workers.log"):
+                os.environ["SIDAE_SCHEDULER"] = stack.enter_context(grid.local(jobs, args.device))
         write_kernel_spec(Path(jupyter) / "kernels" / "python3")
         os.environ["JUPYTER_PATH"] = jupyter
         for nb in notebooks:

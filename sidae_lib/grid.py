@@ -8,6 +8,7 @@ needed (`pip install "sidae-lib[cluster]"`).
 import ctypes
 import os
 import queue
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ import torch
 from . import __version__, data, runs, train
 from .config import RunConfig, SidaeError, digest
 
+os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # read on import, inherited; what failed the caller says
+
 try:
     from dask.system import CPU_COUNT
-    from distributed import Client, Nanny, Reschedule, Scheduler, SpecCluster, as_completed, get_worker
+    from distributed import Client, Nanny, Reschedule, Scheduler, SpecCluster, WorkerPlugin, as_completed, get_worker
 except ImportError as e:
     raise SidaeError('A cluster needs the extra of that name: pip install "sidae-lib[cluster]".') from e
 
@@ -92,6 +95,7 @@ def work(version: str, job: runs.Job, given: list[Result], device: str, until: f
         worker = get_worker()
         worker.loop.add_callback(worker.close, reason="other version of sidae-lib")
         raise Reschedule
+    train._Stop.signal = None  # of an earlier call
     data.remember(sources)
     out = Result()
     for result in given:
@@ -101,6 +105,13 @@ def work(version: str, job: runs.Job, given: list[Result], device: str, until: f
         out.records = job.compute(where, deadline, out.said.append)
     out.weights = {(job.run, e): runs.backbone(job.run, e).read_bytes() for e in sent}
     return out
+
+
+class _Interruptible(WorkerPlugin):
+    """Ctrl-C reaches every process of a terminal: the run of a worker stops at a checkpoint, the worker when it is told."""
+
+    def setup(self, worker: Any) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: setattr(train._Stop, "signal", number))
 
 
 def _running(dask_worker: Any) -> int:
@@ -183,7 +194,8 @@ def local(jobs: int, device: str = "auto") -> Iterator[str]:
     def worker(n: int) -> dict:
         env = {"SIDAE_THREADS": max(1, CPU_COUNT // jobs), "TQDM_DISABLE": 1, "SIDAE_SCHEDULER": ""}
         more = {"env": env | {"CUDA_VISIBLE_DEVICES": names[n % gpus]}, "resources": {"GPU": 1}} if gpus else {"env": env}
-        return {"cls": Nanny, "options": {**here, "nthreads": 1, "memory_limit": 0, **more}}
+        return {"cls": Nanny, "options": {**here, "nthreads": 1, "memory_limit": 0, "plugins": [_Interruptible()], **more}}
 
-    with SpecCluster({n: worker(n) for n in range(jobs)}, {"cls": Scheduler, "options": here}) as cluster:
+    scheduler = {"cls": Scheduler, "options": here | {"dashboard_address": "127.0.0.1:0"}}  # 8787 may be another grid's
+    with SpecCluster({n: worker(n) for n in range(jobs)}, scheduler) as cluster:
         yield cluster.scheduler_address

@@ -173,8 +173,7 @@ def _view(name: str, n: int, compiled: bool) -> Callable[..., Tensor]:
 class _Stop:
     """Turns SIGINT and SIGTERM into a request that the loop honours after the step; a second one is not held back."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    signal: int | None = None  # of the class: a request to every run of the process, which a grid's worker makes
 
     def __call__(self, number: int, frame: Any) -> None:
         self.signal = number

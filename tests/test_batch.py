@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from dask.system import CPU_COUNT
 
 from sidae_lib import paths
 from sidae_lib.batch import main
@@ -90,6 +91,16 @@ def test_every_parameter_arrives(copy, tmp_path):
     assert batch(copy, "--scale", "smoke", "--only", "w_sweep").returncode == 0
     assert read(copy, "01_w_sweep", "smoke") == "smoke [0]\n"  # the notebook's own default
     assert not (copy / "executed" / "smoke" / "00_show.ipynb").exists()
+
+
+def test_narrow_networks_are_trained_in_a_process_per_core(copy):
+    write(copy, "00_show", "import os; address = os.environ.get('SIDAE_SCHEDULER')",
+          "from distributed import Client; print(len(Client(address).nthreads()) if address else 'here')")  # fmt: skip
+    for arguments, workers in ((("--device", "cpu"), min(CPU_COUNT, 4)), (("--jobs", "1"), 1), (("--scale", "smoke"), 1)):
+        done = batch(copy, *arguments)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        scale = "smoke" if "smoke" in arguments else "quick"
+        assert read(copy, "00_show", scale) == (f"{workers}\n" if workers > 1 else "here\n")
 
 
 def test_fresh_hides_the_records_and_deletes_nothing(copy):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidae_lib import __version__, experiments, paths, runs, train
+from sidae_lib import __version__, data, experiments, paths, runs, train
 from sidae_lib.config import EvalConfig, SidaeError
 
 dask = pytest.importorskip("dask", reason="no cluster extra")
@@ -435,3 +435,24 @@ def test_command_line_with_jobs(store):
     done = cli("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu", "--jobs", "2")
     assert done.returncode == 0 and "1 runs on 2 workers at tcp://127.0.0.1:" in done.stdout, done.stderr
     assert len(list(runs.every("record"))) == 1
+
+
+@slow
+def test_ctrl_c_leaves_a_checkpoint_of_every_run(store):
+    """In a terminal it reaches the caller and the workers at once; a minute of training would be lost without."""
+    code = ("from sidae_lib import experiments, grid, runs\nfrom sidae_lib.config import EvalConfig\n"
+            "configs = [EvalConfig(run=experiments.run('simsiam', 'digits', 'smoke', n, epochs=5000), kind='knn', k=5,\n"
+            "                      epoch=0) for n in (0, 1)]\n"
+            "with grid.local(2, 'cpu') as address:\n    runs.fetch_all(configs, client=address, device='cpu')\n")  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=paths.ROOT, env=os.environ | {"CXX": "none"},
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    configs = [run(n, epochs=5000) for n in (0, 1)]
+    wait(lambda: all(runs.backbone(c, 0).exists() for c in configs))  # which are kept as training begins
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0].decode()
+    assert process.returncode and "KeyboardInterrupt" in said.splitlines()[-1] and said.count("Traceback") == 1, said
+    for c in configs:
+        trained = train.Run(c, data.load("digits"), torch.device("cpu"))
+        trained.restore(runs.folder(c) / "checkpoint.safetensors")
+        assert 0 < trained.step < trained.steps
