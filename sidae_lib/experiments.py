@@ -136,7 +136,8 @@ def pretrained(dataset: str, scale: str, seed: int, *, on: Sequence[str] = ("",)
     """Runs of `methods` on a set, their checkpoints evaluated on the sets `on` ("": the run's own), with many and with
     scarce labels; points: how many evenly spaced checkpoints, 0 = the scale's own number."""
     s, evals = scale_of(scale), []
-    runs = [run(m, dataset, scale, seed, **(changes if m != "untrained" else {})) for m in methods]
+    bare = {k: v for k, v in changes.items() if k == "split"}  # a pool may have no other
+    runs = [run(m, dataset, scale, seed, **(changes if m != "untrained" else bare)) for m in methods]
     for target in on:
         known = target and data.identify(target)
         for labels, k in zip(s.labels, s.neighbours):

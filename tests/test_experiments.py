@@ -1,5 +1,6 @@
 """What the figures ask for, and the figures themselves drawn again from nothing but their CSV."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -79,6 +80,16 @@ def test_stl10_in_its_own_format_is_pre_trained_on_and_classified(store, tmp_pat
     assert record["steps"] == 1 and record["images"] == 8  # of nine unlabeled images, one batch
     assert (stl["data"]["name"], stl["n_train"], stl["n_test"]) == ("stl10", 20, 6)
     assert (digits["data"]["name"], digits["n_train"]) == ("digits", 1437)
+
+
+def test_a_pool_without_a_training_split_serves_the_untrained_network_too(store, monkeypatch):
+    monkeypatch.setenv("SIDAE_DATA", str(store / "data"))
+    (store / "data").mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8)
+    np.savez(store / "data" / "pool.npz", unlabeled_images=images)
+    runs_, evals = experiments.pretrained("pool", "smoke", 0, on=("digits",), split="unlabeled", methods=("untrained",))
+    assert [r.split for r in runs_] == ["unlabeled"]
+    assert runs.fetch_all(evals[:1], log=lambda _: None)[0]["data"]["name"] == "digits"
 
 
 def draw(name: str, table: pd.DataFrame):
