@@ -141,6 +141,7 @@ SSL = ("sidae", "simsiam", "dae")
 def _probed(frame: pd.DataFrame, kind: str = "linear") -> Iterator[tuple[str, float, pd.DataFrame]]:
     """(set, share of labels, its rows by this probe, w = 0.5, and the supervised network's), pre-trained on the same set."""
     own = frame[(frame["pretrain"] == frame["display"]) & frame["kind"].isin([kind, "classifier"])]
+    own = own[own["target"] == "standardised, mean"]
     own = own[(own["w"] == 0.5) & (own["augment"] != "none") | ~own["method"].isin(SSL)]
     own = own[(own["method"] != "supervised") | (own["augment"] == "none")]
     for (display, labels), part in own.groupby(["display", "labels"], sort=False):

@@ -137,6 +137,14 @@ def test_validation_scores_do_not_enter():
     assert published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]["ours"] == 52.0
 
 
+def test_another_scale_of_the_targets_is_another_method():
+    """The sweep's runs with targets in [0, 1] stand in the same table and are no claim's business."""
+    rows = [row(m, s, a + d) for m, d in (("sidae", 1.0), ("simsiam", 0.0)) for s, a in enumerate((10, 50, 90.5))]
+    unit = [row("sidae", 0, 99.0, target="unit, mean"), row("sidae", 0, 1.0, epoch=25, target="unit, mean")]
+    for statement in ("SidAE beats SimSiam", "SidAE varies less over seeds", "accuracy rises"):
+        pd.testing.assert_frame_equal(claims(rows + unit, statement), claims(rows, statement))
+
+
 def test_best_w_is_chosen_on_validation_and_never_on_test(store):
     from sidae_lib import runs
 
