@@ -343,7 +343,7 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
     encoder and extraction alone); SimCLR, AMDIM and YADIM once more, made of five choices. Two seeds below paper scale."""
     s, found = scale_of(scale), []
     dataset = (datasets or [d for d in ("cifar10", *s.datasets) if d in s.datasets])[0]
-    length = {"paper": {}, "smoke": {"epochs": 1, "pool": 128}, "quick": {"epochs": 3}}.get(scale, {"epochs": 4})
+    length = {"paper": {}, "smoke": {"epochs": 1, "pool": 128}, "quick": {"epochs": 1}}.get(scale, {"epochs": 4})
     for seed in seeds or (s.seeds if scale == "paper" else s.seeds[:2]):
         own: dict[str, RunConfig] = {}
         for m in (m for m in methods.METHODS if m != "composed"):

@@ -64,7 +64,7 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "input": ask.get("augment", "none"), "varied": "; ".join(f"{k}: {v}" for k, v in methods.varied(run).items()),
             "w": run.w, "augment": run.augment, "target": f"{run.target}, {run.recon}",
             "seed": run.seed, "epoch": r["epoch"], "of": run.epochs, "scored": ask.get("score_on", "test"),
-            "kind": r["kind"] + (f", {n} epochs" if (n := ask.get("fit_epochs", 50)) not in (2, 50) else ""),  # 2: smoke's 50
+            "kind": r["kind"] + (f", {n} epochs" if (n := ask.get("fit_epochs", 50)) in (30, 60) else ""),  # SePP-ID's
             "C": ask.get("C", 1.0),
             "labels": ask.get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
@@ -97,12 +97,13 @@ def variant(method: str, w: float, augment: str = "none") -> str:
 
 
 def beside_published(table: pd.DataFrame) -> pd.DataFrame:
-    """The last checkpoint by the SGD probe, with the paper's Table 1 where it has the same set and share of labels."""
+    """The last checkpoint by the SGD probe, with the paper's Table 1 where it has the same sets, of pre-training too, and
+    share of labels."""
     last = table[(table["epoch"] == table["of"]) & table["kind"].isin(["linear", "classifier"])]
     paper = published.table(source="Table 1", protocol="frozen, linear SGD 50 epochs")
-    paper = paper[paper.pretrain_data == paper.data][["data", "method", "labels", "value", "se"]]
-    paper = paper.rename(columns={"value": "published", "se": "published_se"})
-    out = last.merge(paper, on=["data", "method", "labels"], how="left")
+    paper = paper[["pretrain_data", "data", "method", "labels", "value", "se"]].rename(
+        columns={"pretrain_data": "pretrain_name", "value": "published", "se": "published_se"})
+    out = last.merge(paper, on=["pretrain_name", "data", "method", "labels"], how="left")
     out["ours"], out["paper"] = (
         [mean_se(*pair) for pair in out[list(names)].to_numpy()] for names in (("mean", "se"), ("published", "published_se")))
     return out.assign(**{"ours / paper": ["" if np.isnan(r) else f"{r:.2f}" for r in out["mean"] / out["published"]]})
@@ -207,7 +208,10 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
                 own = own[own["w"] == w].dropna(subset="published")
                 ax.errorbar(own["of"] * 1.06, own["published"], own["published_se"], fmt=marker, ms=4, mfc="none",
                             color=colour, lw=0.8, label="Published (hollow)" if len(own) else None)
-            ax.set_title(f"{part['display'].iloc[0]}, {percent(shares[row])} of labels", wrap=True)
+            shown = part["display"].iloc[0]
+            source = part.loc[(part["of"] > 0) & (part["kind"] == kind), "pretrain"]
+            name = shown if set(source) <= {shown} else f"{source.iloc[0]} to\n{shown}"
+            ax.set_title(f"{name}, {percent(shares[row])} of labels", wrap=True)
             ax.set_xlabel("pre-training epochs")
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:
@@ -794,7 +798,11 @@ def index(scale: str, records: Sequence[dict[str, Any]] = (), notebooks: Sequenc
 
 
 def timings(scale: str, clock: Sequence[dict[str, Any]]) -> None:
-    """figures/<scale>/timings.csv: how long each notebook of a batch run took from nothing, and on what."""
-    p = provenance(device_of("auto"))
+    """figures/<scale>/timings.csv: how long each notebook of a batch run took from nothing, and on what. Those of notebooks
+    that were not run stay."""
+    p, path = provenance(device_of("auto")), paths.figures(scale) / "timings.csv"
     table = pd.DataFrame(clock).assign(hardware=f"{hardware(p)}, torch {p['torch']}")
-    write(paths.figures(scale) / "timings.csv", table.to_csv(index=False).encode())
+    if path.exists():
+        old = pd.read_csv(path)
+        table = pd.concat([old[~old["notebook"].isin(table["notebook"])], table]).sort_values("notebook")
+    write(path, table.to_csv(index=False).encode())

@@ -81,7 +81,7 @@ def scoreboard(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
 
 
 def _values(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
-    last = frame[(frame["epoch"] == frame["of"]) & (frame["w"] == 0.5) & (frame["target"] == "standardised, mean")]
+    last = _last(_plain(frame))
     by = ["method", "pretrain_name", "data", "display", "labels", "kind"]
     ours = last.groupby(by, sort=False)["accuracy"].agg(ours="mean", se="sem", n="count").reset_index()
     paper = table().assign(kind=lambda t: t["protocol"].map(KINDS)).rename(columns={"value": "published", "se": "published_se"})
@@ -140,12 +140,16 @@ SSL = ("sidae", "simsiam", "dae")
 
 def _probed(frame: pd.DataFrame, kind: str = "linear") -> Iterator[tuple[str, float, pd.DataFrame]]:
     """(set, share of labels, its rows by this probe, w = 0.5, and the supervised network's), pre-trained on the same set."""
-    own = frame[(frame["pretrain"] == frame["display"]) & frame["kind"].isin([kind, "classifier"])]
-    own = own[own["target"] == "standardised, mean"]
-    own = own[(own["w"] == 0.5) & (own["augment"] != "none") | ~own["method"].isin(SSL)]
+    own = _plain(frame[(frame["pretrain"] == frame["display"]) & frame["kind"].isin([kind, "classifier"])])
+    own = own[(own["augment"] != "none") | ~own["method"].isin(SSL)]
     own = own[(own["method"] != "supervised") | (own["augment"] == "none")]
     for (display, labels), part in own.groupby(["display", "labels"], sort=False):
         yield display, labels, part
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the runs of the sweep that are other methods by w or by the scale of the targets."""
+    return frame[(frame["w"] == 0.5) & (frame["target"] == "standardised, mean")]
 
 
 def _last(frame: pd.DataFrame) -> pd.DataFrame:
@@ -240,7 +244,8 @@ def _finetuned_best(frame: pd.DataFrame) -> Cases:
 
 def _transferred(frame: pd.DataFrame) -> Iterator[tuple[str, str, float, pd.DataFrame]]:
     """Like `_probed`, pre-trained on STL-10 or on what stands for it; the supervised rows are the target's own."""
-    moved = frame[(frame["kind"] == "linear") & frame["method"].isin(SSL) & (frame["w"] == 0.5)]
+    frame = _plain(frame)
+    moved = frame[(frame["kind"] == "linear") & frame["method"].isin(SSL)]
     moved = moved[(moved["pretrain"] != moved["display"]) | (moved["pretrain"] == "STL-10")]
     for (pretrain, display, labels), part in moved.groupby(["pretrain", "display", "labels"], sort=False):
         same = frame[(frame["display"] == display) & (frame["labels"] == labels) & (frame["pretrain"] == display)]
@@ -351,8 +356,7 @@ def _special_cases(frame: pd.DataFrame) -> Cases:
 
 def _pairs(frame: pd.DataFrame, kind: str) -> Iterator[tuple[str, pd.DataFrame, dict, dict]]:
     """(set and method, its rows, what names those with these pairs, and those without any)."""
-    own = frame[(frame["kind"] == "logistic") & (frame["pretrain"] == frame["display"]) & (frame["w"] == 0.5)]
-    own = own[own["target"] == "standardised, mean"]
+    own = _plain(frame[(frame["kind"] == "logistic") & (frame["pretrain"] == frame["display"])])
     for (display, labels, method), part in own.groupby(["display", "labels", own["method"].str.split(" ").str[0]], sort=False):
         if mined := [m for m in part["method"].unique() if m.endswith(f" {kind}")]:
             yield _name(display, labels, method), part, {"method": mined[0]}, {"method": method}

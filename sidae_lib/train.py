@@ -162,12 +162,19 @@ def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
     return "views" if steps >= 200 and shutil.which(os.environ.get("CXX", "g++")) else "eager"
 
 
+def compiled(function: Callable) -> Callable:
+    """`torch.compile` for static shapes. Its limit of eight variants of one function, an error for whole graphs, is lifted:
+    a worker meets as many pipelines and shapes as its grid has."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**20
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 @lru_cache
-def _view(name: str, n: int, compiled: bool) -> Callable[..., Tensor]:
+def _view(name: str, n: int, fast: bool) -> Callable[..., Tensor]:
     """uint8 images, their parameters, mean, std -> one normalised view; compiled once for every run of a process."""
     ops = (augment.VIEWS[name].first, augment.VIEWS[name].second)[n]
     apply = lambda images, params, mean, std: augment.apply(ops, images, params, mean, std)  # noqa: E731
-    return torch.compile(apply, fullgraph=True, dynamic=False) if compiled and ops else apply
+    return compiled(apply) if fast and ops else apply
 
 
 class _Stop:
@@ -232,7 +239,7 @@ class Run:
     def set_mode(self, mode: str) -> None:
         self.mode = mode
         self.view1, self.view2 = (_view(self.config.augment, n, mode == "views") for n in (0, 1))
-        self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False) if mode == "step" else self.forward
+        self.compiled = compiled(self.forward) if mode == "step" else self.forward
 
     @torch.no_grad()
     def see(self, xi: Tensor, xj: Tensor, params: tuple[Params, ...], batch: dict[str, Tensor]) -> tuple[tuple, dict]:

@@ -48,3 +48,11 @@ def test_mode_is_a_function_of_run_and_device():
     config = experiments.run("sidae", "digits", "quick")
     assert train.compile_mode(config, torch.device("cpu"), 8) == "eager"  # too short to repay the compiler's seconds
     assert train.compile_mode(config, torch.device("cuda"), 10_000) == "step"
+
+
+@pytest.mark.slow
+def test_a_process_compiles_for_as_many_shapes_as_its_grid_has():
+    """torch's own limit is eight, and with whole graphs the ninth is an error."""
+    add = train.compiled(lambda x: x + 1)
+    for n in range(2, 13):
+        assert (add(torch.zeros(n)) == 1).all()

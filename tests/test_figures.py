@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sidae_lib import experiments, figures, paths, runs
@@ -58,3 +59,11 @@ def test_a_browser_shows_it_without_an_error_on_a_phone(page_file, name):
     assert not said
     assert all(width > 0 and alt for width, alt in images) and (images or name == "scoreboard.html")
     assert wide[0] <= wide[1], "the page scrolls sideways"
+
+
+def test_timings_of_notebooks_that_were_not_run_stay(store):
+    clock = [{"notebook": f"0{n}_x", "seconds": float(n), "failed": False} for n in (1, 2)]
+    figures.timings("smoke", clock)
+    figures.timings("smoke", [clock[0] | {"seconds": 9.0}])
+    table = pd.read_csv(paths.figures("smoke") / "timings.csv")
+    assert table.set_index("notebook")["seconds"].to_dict() == {"01_x": 9.0, "02_x": 2.0}

@@ -116,6 +116,17 @@ def test_a_value_meets_its_published_cell():
     assert published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]["verdict"] == "below"
 
 
+def test_a_figures_end_points_are_those_of_the_same_pre_training_set():
+    """Table 1, CIFAR-10, 100 %: 64.75 pre-trained on CIFAR-10, 66.20 on STL-10, nothing on another set."""
+    sets = (("cifar10", "CIFAR-10"), ("stl10", "STL-10"), ("tinyimagenet32", "Tiny ImageNet 32"))
+    rows = [row("sidae", 0, 50.0, labels=1.0, pretrain_name=n, pretrain=d, hardware="x", run_key=n) for n, d in sets]
+    table = figures.summary(pd.DataFrame(rows))
+    assert figures.beside_published(table).set_index("pretrain_name")["published"].to_dict() == pytest.approx(
+        {"cifar10": 64.75, "stl10": 66.2, "tinyimagenet32": np.nan}, nan_ok=True)
+    titles = [figures.accuracy_vs_epochs(table[table["pretrain_name"] == n]).axes[0].get_title() for n, _ in sets[:2]]
+    assert titles == ["CIFAR-10, 100 % of labels", "STL-10 to\nCIFAR-10, 100 % of labels"]
+
+
 @pytest.mark.parametrize("scale, display, data, why", [
     ("laptop", "CIFAR-10", "cifar10", "laptop scale"), ("paper", "CIFAR-10 (JPEG copy)", "cifar10", "data copy")])
 def test_what_is_not_comparable_gets_no_z(scale, display, data, why):
@@ -138,11 +149,15 @@ def test_validation_scores_do_not_enter():
 
 
 def test_another_scale_of_the_targets_is_another_method():
-    """The sweep's runs with targets in [0, 1] stand in the same table and are no claim's business."""
+    """The sweep's runs with targets in [0, 1] or another w stand in the same table and are no claim's business."""
     rows = [row(m, s, a + d) for m, d in (("sidae", 1.0), ("simsiam", 0.0)) for s, a in enumerate((10, 50, 90.5))]
-    unit = [row("sidae", 0, 99.0, target="unit, mean"), row("sidae", 0, 1.0, epoch=25, target="unit, mean")]
-    for statement in ("SidAE beats SimSiam", "SidAE varies less over seeds", "accuracy rises"):
-        pd.testing.assert_frame_equal(claims(rows + unit, statement), claims(rows, statement))
+    rows += [row("sidae", s, a - 1.0, pretrain="STL-10", pretrain_name="stl10") for s, a in enumerate((10, 50, 90.5))]
+    swept = [row("sidae", 0, a, epoch, **{k: v}) for k, v in (("target", "unit, mean"), ("w", 0.25))
+             for epoch, a in ((200, 99.0), (25, 1.0))]  # fmt: skip
+    for statement in ("SidAE beats SimSiam", "SidAE varies less over seeds", "accuracy rises", "SidAE pre-trained on another"):
+        board = claims(rows, statement)
+        assert len(board) or statement == "accuracy rises"
+        pd.testing.assert_frame_equal(claims(rows + swept, statement), board)
 
 
 def test_best_w_is_chosen_on_validation_and_never_on_test(store):
