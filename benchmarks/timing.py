@@ -78,7 +78,7 @@ def summed_up(what: str, unit: str, values: Sequence[float]) -> Row:
 def measure(bench: Bench, contenders: Sequence[Contender]) -> list[Row]:
     """One row per contender: median, spread (largest less smallest) and number of its values, and the median of the
     ratios to `of`. Rounds of A B C ... until bench.repeats or the deadline, one at least."""
-    torch.compiler.reset()  # the group before had other shapes, and one function is compiled only so often
+    torch.compiler.reset()  # the group before had other shapes
     gc.collect()
     cuda, ready, values, held, taken = bench.device.type == "cuda", {}, {}, {}, {}
     allocated = torch.cuda.memory_allocated if cuda else int

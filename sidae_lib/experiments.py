@@ -204,15 +204,15 @@ def best_w(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) 
 def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict[str, list[EvalConfig]]:
     """Why the order of methods may differ from the paper's: change -> the three methods with this one change, scored on the
     validation split by scarce labels. At scales smoke and laptop; the fourth, w, is `w_sweep`."""
-    s, out = scale_of(scale), {}
-    dataset = (datasets or s.datasets)[-1]
-    for change in ("none", "targets in [0, 1]", "twice the rate", "twice the steps") if scale in ("smoke", "laptop") else ():
-        out[change] = []
-        for r in (run(m, dataset, scale, seed) for seed in seeds or s.seeds for m in ("sidae", "simsiam", "dae")):
-            changed = {"targets in [0, 1]": {"target": "unit"} if r.method != "simsiam" else {},
-                       "twice the rate": {"lr": 2 * r.lr}, "twice the steps": {"epochs": 2 * r.epochs}}
-            out[change].append(EvalConfig(run=r.replace(**changed.get(change, {})), labels=s.labels[1], score_on="val"))
-    return out
+    s = scale_of(scale)
+    if scale not in ("smoke", "laptop"):
+        return {}
+    own = [run(m, (datasets or s.datasets)[-1], scale, n) for n in seeds or s.seeds for m in ("sidae", "simsiam", "dae")]
+    changes: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
+        "none": lambda r: {}, "targets in [0, 1]": lambda r: {} if r.method == "simsiam" else {"target": "unit"},
+        "twice the rate": lambda r: {"lr": 2 * r.lr}, "twice the steps": lambda r: {"epochs": 2 * r.epochs}}
+    return {name: [EvalConfig(run=r.replace(**change(r)), labels=s.labels[1], score_on="val") for r in own]
+            for name, change in changes.items()}
 
 
 def datasets_table(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
