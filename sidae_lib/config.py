@@ -85,12 +85,12 @@ class _Config:
         kinds = {k: next(iter(get_args(hint)), hint) for k, hint in _hints(cls).items()}  # of `X | None` it is X
         return cls.create(**{k: v if v is None else getattr(kinds.get(k), "from_dict", lambda v: v)(v) for k, v in d.items()})
 
-    def replace(self, **changes):
+    def replace(self, /, **changes):
         """A copy with some fields changed. Raises SidaeError on an unknown field."""
         return type(self).create(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
 
     @classmethod
-    def create(cls, **fields):
+    def create(cls, /, **fields):
         """The constructor, with an unknown or missing field as a SidaeError."""
         names = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(repr(k) for k in fields if k not in names):
@@ -257,7 +257,7 @@ class RunConfig(_Config):
         first = {"method_recipe": 1, "augment_recipe": 1}  # a recipe that a record does not name is the first
         return super().from_dict(first | d if isinstance(d, dict) else d)
 
-    def replace(self, **changes) -> "RunConfig":
+    def replace(self, /, **changes) -> "RunConfig":
         return super().replace(**{"method_recipe": 0, "augment_recipe": 0} | changes)
 
 

@@ -172,6 +172,7 @@ def sentence(error: pytest.ExceptionInfo, *parts: str) -> None:
 
 BAD = [
     ({"epohs": 3}, "epohs", "epochs"), ({"a\nb": 3}, "Unknown RunConfig field"),
+    ({"cls": 3}, "Unknown RunConfig field 'cls'"), ({"self": 3}, "Unknown RunConfig field 'self'"),
     ({"seed": 1.0}, "seed must be int", "1.0"), ({"seed": True}, "seed", "True"), ({"seed": "1"}, "seed", "'1'"),
     ({"seed": None}, "seed"), ({"w": "0.5"}, "w must be float"), ({"w": True}, "w must be float"), ({"w": None}, "w"),
     ({"method": 3}, "method must be str"), ({"method": []}, "method must be str"), ({"method": None}, "method"),
