@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from . import data, methods, paths, published, train
-from .config import EvalConfig, RunConfig, SidaeError, digest
+from .config import EvalConfig, RunConfig, SidaeError
 from .methods.metric import undone
 from .train import device_of, provenance, write
 
@@ -54,7 +54,7 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     rows, runs = [], {}  # a run is evaluated many times, and its config is checked with care
     for r in records:
         ask = r["config"]
-        if (key := digest(ask["run"])) not in runs:
+        if (key := r["run_key"]) not in runs:
             runs[key] = RunConfig.from_dict(ask["run"])
         run = runs[key]
         rows.append({

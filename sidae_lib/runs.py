@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from .config import EvalConfig, RunConfig, SidaeError, digest
 Config = RunConfig | EvalConfig
 Record = dict[str, Any]
 RECORD_BYTES = 2**24  # of one record file: a run of 200 epochs takes 60 thousand
+# An integer of 19 digits or more: JSON, but neither an index nor a count, and too long for a float column.
+LONG = re.compile(r"[\[,:]\s*-?\d{19}")
 
 
 def _name(config: Config) -> str:
@@ -40,19 +43,15 @@ def backbone(run: RunConfig, epoch: int | None = None) -> Path:
     return folder(run) / train.backbone_name(run.epochs if epoch is None else epoch)
 
 
-def _integer(text: str) -> int:
-    if len(text) > 18:
-        raise ValueError("a number of more than 18 digits")
-    return int(text)
-
-
 def read(path: Path) -> Record:
     """One record file. Raises train.Damaged when it is not JSON of finite numbers, not a record of the key it is filed
     under, not of the config that has this key, or not what was written (records since 0.1 hold a checksum)."""
     try:
         if path.stat().st_size > RECORD_BYTES:
             raise ValueError
-        record = json.loads(path.read_text(), parse_int=_integer)
+        if LONG.search(text := path.read_text()):
+            raise ValueError
+        record = json.loads(text)
         named = path.name.removeprefix("eval-").removesuffix(".json") if path.name != "record.json" else path.parent.name
         if record["key"] != named or digest(record["config"])[:16] != named:
             raise ValueError
