@@ -162,6 +162,10 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
              color="#7F0000" if scale != "paper" else "#444444")
     below = 0.12 * len(lines) / fig.get_figheight()  # room for these lines
     fig.get_layout_engine().set(rect=(0, below, 1, 1 - below))  # type: ignore[call-arg]
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
+    for ax in fig.axes:  # the layout's solver differs in the last bit from call to call, and SVG's ids with it
+        ax.set_position([round(v, 6) for v in ax.get_position(original=True).bounds])  # type: ignore[arg-type]
     folder = paths.figures(scale)
     write(folder / f"{name}.csv", table.to_csv(index=False).encode())
     for suffix, metadata in (("svg", {"Date": None}), ("png", None)):

@@ -111,8 +111,9 @@ def test_a_chart_is_drawn_again_from_its_csv(name, store):
     figures.save(draw(name, table), name, "smoke", table)
     first = {s: (paths.figures("smoke") / f"{name}.{s}").read_bytes() for s in ("svg", "csv")}
     again = pd.read_csv(paths.figures("smoke") / f"{name}.csv")
-    figures.save(draw(name, again), name, "smoke", again)
-    assert all((paths.figures("smoke") / f"{name}.{s}").read_bytes() == b for s, b in first.items())
+    for _ in range(3):  # the layout's solver gives one of two answers that differ in the last bit
+        figures.save(draw(name, again), name, "smoke", again)
+        assert all((paths.figures("smoke") / f"{name}.{s}").read_bytes() == b for s, b in first.items())
 
 
 def test_neighbours_are_drawn_from_indices_and_data(store):
