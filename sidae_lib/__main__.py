@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:
     """The scheduler's address that --jobs or --scheduler ask for, or None."""
-    if not args.jobs:
+    if args.jobs in (None, 1):  # one: in this process
         return nullcontext(args.scheduler)
     from . import grid  # needs the cluster extra
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
     run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
-    run.add_argument("--jobs", type=int, metavar="N", help="N processes of this machine, one per GPU or sharing the cores")
+    run.add_argument("--jobs", type=int, metavar="N", help="N processes, one per GPU or sharing the cores; 1: this process")
     run.add_argument("--scheduler", metavar="ADDRESS", help="workers of this Dask scheduler, tcp://... or tls://...")
     run.add_argument("--plan", type=float, metavar="HOURS", help="only say what is missing, its time, the machines it takes")
     run.add_argument("--rate", type=float, metavar="N", help="with --plan: images per second where no such run is recorded")
