@@ -70,14 +70,17 @@ def _list(args: argparse.Namespace) -> None:
 def readme(text: str) -> str:
     """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
     published = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
-    rows = ["| data | labels | method | ours: mean (SE), n | published: mean (SE) | scale and hardware |", "|---" * 6 + "|"]
-    order = list(figures.NAMES)
+    names = [figures.variant(m, 0.5, a) for m, a in (("sidae", ""), ("simsiam", ""), ("dae", ""), ("untrained", ""),
+                                                     ("supervised", "none"), ("supervised", "augmented"))]  # fmt: skip
+    rows = [f"| data | labels | {' | '.join(names)} | n, scale and hardware |", "|---" * (len(names) + 3) + "|"]
     for scale in ("laptop", "paper"):
         if found := [published[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in published]:
             table = figures.beside_published(figures.summary(figures.evaluations(found)))
-            for r in sorted(table.itertuples(), key=lambda r: (r.display, -r.labels, order.index(r.method))):
-                share, name = f"{figures.percent(r.labels)} = {r.n_train:,}", figures.variant(r.method, r.w, r.augment)
-                rows.append(f"| {r.display} | {share} | {name} | {r.ours}, {r.n} | {r.paper} | {scale}, {r.hardware} |")
+            for (display, less, n, hardware), part in table.groupby(["display", -table["labels"], "n", "hardware"]):
+                cells = {figures.variant(r.method, r.w, r.augment): r.ours + f"<br>*{r.paper}*" * bool(r.paper)
+                         for r in part.itertuples()}
+                share = f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"
+                rows.append(f"| {' | '.join([display, share, *(cells.get(m, '') for m in names)])} | {n}, {scale}, {hardware} |")
     board = ["| claim of the paper | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
     for scale in ("laptop", "paper"):
         if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:

@@ -227,6 +227,7 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
 def _legend(fig: Figure, axes: Iterable[plt.Axes], columns: int) -> None:
     """One legend above all panels, every name once."""
     handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
+    columns = len(handles) if len(handles) == columns + 1 else columns  # a second line for one name alone looks odd
     fig.legend(handles=handles.values(), loc="outside upper center", ncols=columns, fontsize=7)
 
 
