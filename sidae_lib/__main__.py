@@ -79,8 +79,8 @@ def readme(text: str) -> str:
             for (display, less, n, hardware), part in table.groupby(["display", -table["labels"], "n", "hardware"]):
                 cells = {figures.variant(r.method, r.w, r.augment): r.ours + f"<br>*{r.paper}*" * bool(r.paper)
                          for r in part.itertuples()}
-                share = f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"
-                rows.append(f"| {' | '.join([display, share, *(cells.get(m, '') for m in names)])} | {n}, {scale}, {hardware} |")
+                first = [display, f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"]
+                rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {n}, {scale}, {hardware} |")
     board = ["| claim of the paper | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
     for scale in ("laptop", "paper"):
         if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:
