@@ -130,15 +130,17 @@ def gain(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def order(cases: dict[str, Sequence[dict[str, Any]]]) -> pd.DataFrame:
-    """A row per change (`experiments.hypotheses`, its records): mean accuracies in percent, and SidAE less the better of
-    SimSiam and autoencoder, paired by seed, with its 95 % interval."""
+    """A row per change (`experiments.hypotheses`, its records) and share of labels: mean accuracies in percent, and SidAE
+    less the better of SimSiam and autoencoder, paired by seed, with its 95 % interval."""
     rows = []
     for change, records in cases.items():
-        wide = evaluations(records).pivot_table(index="seed", columns="method", values="accuracy").dropna()
-        lead = wide["sidae"] - wide[["simsiam", "dae"]].max(axis=1)
-        mean, low, high = published.interval(lead)
-        rows.append({"change": change, **wide.mean(), "n": len(lead), "lead": mean, "low": low, "high": high,
-                     "SidAE leads": published.verdict(lead)})  # fmt: skip
+        for share, part in evaluations(records).groupby("labels", sort=False):
+            wide = part.pivot_table(index="seed", columns="method", values="accuracy").dropna()
+            lead = wide["sidae"] - wide[["simsiam", "dae"]].max(axis=1)
+            mean, low, high = published.interval(lead)
+            rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, **wide.mean(), "n": len(lead),
+                         "lead": mean, "low": low, "high": high, "SidAE leads": published.verdict(lead),
+                         "hardware": "; ".join(sorted(set(part["hardware"])))})  # fmt: skip
     return pd.DataFrame(rows).round(2)
 
 

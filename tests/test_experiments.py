@@ -33,23 +33,25 @@ def test_a_hypothesis_is_one_change_and_never_looks_at_test():
     differing = {"targets in [0, 1]": {"target"}, "twice the rate": {"lr"}, "twice the steps": {"epochs"}}
     assert set(cases) == set(differing)
     for change, evals in cases.items():
-        assert [(e.run.method, e.run.seed) for e in evals] == [(e.run.method, e.run.seed) for e in base]
+        assert [(e.run.method, e.run.seed, e.labels) for e in evals] == [
+            (e.run.method, e.run.seed, e.labels) for e in base]  # fmt: skip
         for one, other in zip(evals, base):
             a, b = one.run.to_dict(), other.run.to_dict()
             changed = {k for k in a | b if a.get(k) != b.get(k)}
             assert changed == (set() if change.startswith("targets") and one.run.method == "simsiam" else differing[change])
-    assert {e.score_on for evals in cases.values() for e in evals} == {"val"}
+    assert {(e.score_on, e.labels) for evals in cases.values() for e in evals} == {("val", 0.1), ("val", 0.01)}
     assert experiments.hypotheses("quick") == {}
 
 
 def test_the_lead_is_against_the_better_of_the_two():
-    """By seed: 50 - max(40, 45) = 5 and 60 - max(70, 30) = -10."""
+    """By seed: 50 - max(40, 45) = 5 and 60 - max(70, 30) = -10; with scarce labels 1 less everywhere but for SidAE."""
     evals = experiments.hypotheses("laptop", ["cifar10"], [0, 1])["none"]
-    values = iter((50.0, 40.0, 45.0, 60.0, 70.0, 30.0))
+    values = iter((50.0, 40.0, 45.0, 60.0, 70.0, 30.0, 50.0, 39.0, 44.0, 60.0, 69.0, 29.0))
     made = {"display": "CIFAR-10", "name": "cifar10"}
     records = [{"config": e.to_dict(), "data": made, "epoch": 65, "kind": "linear", "n_train": 500, "accuracy": next(values),
                 "run_key": e.run.key(), "provenance": {"device": "x", "threads": 1}} for e in evals]  # fmt: skip
-    (row,) = figures.order({"none": records}).to_dict("records")
+    row, scarce = figures.order({"none": records}).to_dict("records")
+    assert (row["labels"], scarce["labels"], scarce["lead"]) == (0.1, 0.01, -1.5)
     assert (row["sidae"], row["simsiam"], row["dae"], row["n"], row["lead"]) == (55, 55, 37.5, 2, -2.5)
     assert row["SidAE leads"] == "undecided (n = 2)" and row["low"] < -90
 
