@@ -22,8 +22,8 @@ def _run(args: argparse.Namespace) -> None:
     with _cluster(args) as client:
         runs.fetch_all([*configs, *evals], device=args.device, minutes=args.minutes, client=client)
     print(f"{args.figure} at scale {args.scale}: {len(configs)} runs and {len(evals)} evaluations are recorded.")
-    if evals:
-        print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in evals]))).to_string())
+    if tested := [e for e in evals if e.score_on != "val"]:  # what only decides something is no result
+        print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in tested]))).to_string())
 
 
 def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:

@@ -159,7 +159,7 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
     stamp = f"{scale} scale" + ("" if scale == "paper" else ", not the paper's protocol")
     if n:
         stamp += f"; n = {n[0]} seed{'s' * (n[0] > 1)}" if len(n) == 1 else f"; n = {n[0]} to {n[-1]} seeds"
-    lines = [stamp, *(sorted(set(table["hardware"])) if "hardware" in table else [])]
+    lines = [stamp, *(sorted({h for one in table["hardware"] for h in one.split("; ")}) if "hardware" in table else [])]
     fig.text(0.995, 0.003, "\n".join(lines), ha="right", va="bottom", fontsize=6,
              color="#7F0000" if scale != "paper" else "#444444")
     below = 0.12 * len(lines) / fig.get_figheight()  # room for these lines
