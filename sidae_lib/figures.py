@@ -79,12 +79,17 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _distinct(names: Iterable[str]) -> str:
+    """What rows made into one were computed on: every machine once."""
+    return "; ".join(sorted(set(names)))
+
+
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, n, and the standard error sd / sqrt(n) with n - 1 (empty for one seed)."""
     by = [c for c in frame.columns if c not in ("seed", "accuracy", "run_key", "hardware")]
     out = frame.groupby(by, sort=False).agg(
         mean=("accuracy", "mean"), se=("accuracy", "sem"), n=("accuracy", "count"),
-        hardware=("hardware", lambda names: "; ".join(sorted(set(names)))))
+        hardware=("hardware", _distinct))
     return out.reset_index().round({"mean": 4, "se": 4})
 
 
@@ -140,7 +145,7 @@ def order(cases: dict[str, Sequence[dict[str, Any]]]) -> pd.DataFrame:
             mean, low, high = published.interval(lead)
             rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, **wide.mean(), "n": len(lead),
                          "lead": mean, "low": low, "high": high, "SidAE leads": published.verdict(lead),
-                         "hardware": "; ".join(sorted(set(part["hardware"])))})  # fmt: skip
+                         "hardware": _distinct(part["hardware"])})  # fmt: skip
     return pd.DataFrame(rows).round(2)
 
 
@@ -555,7 +560,7 @@ def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.Data
     rest, rows = frame[frame["pairs"] != base].join(own, on=by, how="inner"), []
     for key, part in rest.groupby([*by[1:-1], "pairs", "count"], sort=False):
         gain, low, high = published.interval(part["accuracy"] - part["own"])
-        rows.append((*key, gain, low, high, len(part), "; ".join(sorted(set(part["hardware"])))))
+        rows.append((*key, gain, low, high, len(part), _distinct(part["hardware"])))
     return pd.DataFrame(rows, columns=[*by[1:-1], "pairs", "count", "gain", "low", "high", "n", "hardware"])
 
 

@@ -47,9 +47,7 @@ def read(path: Path) -> Record:
     """One record file. Raises train.Damaged when it is not JSON of finite numbers, not a record of the key it is filed
     under, not of the config that has this key, or not what was written (records since 0.1 hold a checksum)."""
     try:
-        if path.stat().st_size > RECORD_BYTES:
-            raise ValueError
-        if LONG.search(text := path.read_text()):
+        if path.stat().st_size > RECORD_BYTES or LONG.search(text := path.read_text()):
             raise ValueError
         record = json.loads(text)
         named = path.name.removeprefix("eval-").removesuffix(".json") if path.name != "record.json" else path.parent.name
