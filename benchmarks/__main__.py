@@ -32,12 +32,13 @@ def paper(bench: Bench, method: str, batch: int) -> tuple[RunConfig, Images]:
 def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, Callable], name: str = "") -> list[Row]:
     """The step alone and the pipeline in every mode and in bf16, then the rivals; with a name also two processes."""
     own = train.Run(config, images, bench.device).mode
-    out, limits, ours = [], {}, None
-    for precision, modes in (("fp32", (own,) if bench.quick else ("eager", "views", "step")), ("bf16", (own,))):
+    out, limits, ours, graphs = [], {}, None, ("graphs",) * (bench.device.type == "cuda")
+    every = (own,) if bench.quick else ("eager", "views", "step", *graphs)
+    for precision, modes in (("fp32", every), ("bf16", (own, *graphs))):
         run = config.replace(precision=precision)
         info = {"data": images.name, "method": run.method, "batch": run.batch, "precision": precision}
         for mode in modes:
-            whole = "step" if mode == "step" else "eager"  # the step alone has no views to compile
+            whole = "step" if mode in ("step", "graphs") else "eager"  # the step alone has no views to compile
             if (precision, whole) not in limits:
                 build = partial(c.alone, bench, run, images, whole == "step")
                 limits[precision, whole] = Contender("step alone", build, info=info | {"mode": whole})

@@ -134,7 +134,7 @@ def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
     for name, model in maps.items():
         xy = model.fit_transform(z)
         trust = round(float(trustworthiness(z, xy)), 4)
-        out[name] = {"xy": (xy / np.abs(xy).max()).round(4).tolist(), "trustworthiness": trust}
+        out[name] = {"xy": (xy / np.abs(xy).max()).round(3).tolist(), "trustworthiness": trust}
     near = (F.normalize(x[taken[:6].to(x.device)], dim=1) @ F.normalize(bank, dim=1).T).topk(min(5, len(bank)), dim=1)
     return out | {"neighbours": near.indices.tolist()}
 

@@ -99,7 +99,7 @@ def keep(config: Config, record: Record) -> Record:
     """Files a record, with its checksum; the caller holds the lock."""
     record = {k: v for k, v in record.items() if k != "check"}
     record["check"] = digest(record)
-    train.write(folder(config) / _name(config), json.dumps(record, allow_nan=False).encode())
+    train.write(folder(config) / _name(config), json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
     return record
 
 

@@ -162,11 +162,11 @@ def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
     return "views" if steps >= 200 and shutil.which(os.environ.get("CXX", "g++")) else "eager"
 
 
-def compiled(function: Callable) -> Callable:
-    """`torch.compile` for static shapes. Its limit of eight variants of one function, an error for whole graphs, is lifted:
-    a worker meets as many pipelines and shapes as its grid has."""
+def compiled(function: Callable, graphs: bool = False) -> Callable:
+    """`torch.compile` for static shapes, with CUDA graphs where asked. Its limit of eight variants of one function, an error
+    for whole graphs, is lifted: a worker meets as many pipelines and shapes as its grid has."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**20
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
 
 @lru_cache
@@ -237,9 +237,10 @@ class Run:
         self.set_mode(compile_mode(config, device, self.steps))
 
     def set_mode(self, mode: str) -> None:
+        """One of `compile_mode`'s, or `graphs`: the compiled step in CUDA graphs, which benchmarks alone ask for so far."""
         self.mode = mode
         self.view1, self.view2 = (_view(self.config.augment, n, mode == "views") for n in (0, 1))
-        self.compiled = compiled(self.forward) if mode == "step" else self.forward
+        self.compiled = compiled(self.forward, mode == "graphs") if mode in ("step", "graphs") else self.forward
 
     @torch.no_grad()
     def see(self, xi: Tensor, xj: Tensor, params: tuple[Params, ...], batch: dict[str, Tensor]) -> tuple[tuple, dict]:
@@ -511,7 +512,8 @@ def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[s
         if not any(h.get("collapsed") for h in run.history):
             warnings.warn(f"{run.config.method} {run.config.key()} collapsed at epoch {epoch}: z_std {spread:.2g}, healthy is "
                           f"{1 / math.sqrt(len(total)):.2g}. Check stop-gradient, BatchNorm and lr.", stacklevel=2)  # fmt: skip
-    run.history.append(line)
+    # seven significant digits: those of a float32
+    run.history.append({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in line.items()})
     run.sums = {}
     for listener in LISTENERS:
         listener(run.config, run.history)
