@@ -176,7 +176,8 @@ def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tens
     one_hot = F.one_hot(torch.from_numpy(label)).float()
     means = one_hot @ (one_hot.T @ z / one_hot.sum(0).clamp(min=1)[:, None])  # (n, F) of every image's class
     along, same = ((z - means) * F.normalize(means, dim=1)).sum(1), (label[:, None] == label)[upper]
-    out = {"top3": 100 * top3, "knn": 100 * knn, "radial": (along.square().sum() / (z - means).square().sum()).item()}
+    out = {name: round(100 * float(share), 4) for name, share in (("top3", top3), ("knn", knn))}
+    out["radial"] = (along.square().sum() / (z - means).square().sum()).item()
     for name, d in (("cosine", F.normalize(z, dim=1) @ F.normalize(z, dim=1).T), ("distance", torch.cdist(z, z))):
         edges = np.histogram_bin_edges(d := d.numpy()[upper], 40)
         out[name] = {"edges": edges.round(5).tolist(), "same": np.histogram(d[same], edges)[0].tolist(),

@@ -746,8 +746,13 @@ def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[flo
 
 
 def probes(table: pd.DataFrame) -> pd.DataFrame:
-    """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale."""
+    """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale. What was
+    trained differently has a row of its own: another w or target, the supervised network with augmentation."""
     last = table[table["epoch"] == table["of"]]
+    names = [r.method + f", w = {r.w:g}" * (r.method == "sidae" and r.w != 0.5)
+             + ", augmented" * (r.method == "supervised" and r.augment != "none")
+             + f", {r.target}" * (r.target != "standardised, mean") for r in last.itertuples()]
+    last = last.assign(method=names)
     return last.pivot_table(index=["display", "labels", "method"], columns="kind", values="mean", sort=False).round(1)
 
 

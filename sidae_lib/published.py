@@ -12,8 +12,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-COLUMNS = ["paper", "source", "row", "method", "pretrain_data", "data", "labels", "protocol", "backbone", "stem", "epochs",
-           "metric", "value", "se", "note"]  # fmt: skip
 KINDS = {"frozen, linear SGD 50 epochs": "linear"}  # protocol -> the kind of evaluation that repeats it
 Cases = Iterator[tuple[str, Sequence[float]]]  # name of a case, one difference per seed, positive as claimed
 CLAIMS: dict[str, Callable[[pd.DataFrame], Cases]] = {}

@@ -67,3 +67,16 @@ def test_timings_of_notebooks_that_were_not_run_stay(store):
     figures.timings("smoke", [clock[0] | {"seconds": 9.0}])
     table = pd.read_csv(paths.figures("smoke") / "timings.csv")
     assert table.set_index("notebook")["seconds"].to_dict() == {"01_x": 9.0, "02_x": 2.0}
+
+
+def test_the_table_of_probes_averages_seeds_alone():
+    """Runs that differ in w, target or augmentation have rows of their own."""
+    columns = ["method", "w", "augment", "target", "kind", "mean"]
+    rows = [("sidae", 0.5, "a", "standardised, mean", "linear", 10), ("sidae", 0.25, "a", "standardised, mean", "linear", 20),
+            ("sidae", 0.5, "a", "unit, mean", "linear", 30), ("untrained", 0.5, "none", "standardised, mean", "linear", 5),
+            ("supervised", 0.5, "none", "standardised, mean", "classifier", 40),
+            ("supervised", 0.5, "a", "standardised, mean", "classifier", 60)]  # fmt: skip
+    table = figures.probes(pd.DataFrame(rows, columns=columns).assign(display="digits", labels=1.0, epoch=2, of=2))
+    own = {method: value for (_, _, method), value in table["linear"].fillna(table["classifier"]).items()}
+    assert own == {"sidae": 10, "sidae, w = 0.25": 20, "sidae, unit, mean": 30, "untrained": 5, "supervised": 40,
+                   "supervised, augmented": 60}
