@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -232,10 +233,16 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
 
 
 def _legend(fig: Figure, axes: Iterable[plt.Axes], columns: int) -> None:
-    """One legend above all panels, every name once."""
+    """One legend above all panels, every name once, in as many columns as fit."""
     handles = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
     columns = len(handles) if len(handles) == columns + 1 else columns  # a second line for one name alone looks odd
-    fig.legend(handles=handles.values(), loc="outside upper center", ncols=columns, fontsize=7)
+    for n in range(columns, 0, -1):
+        legend = fig.legend(handles=handles.values(), loc="outside upper center", ncols=n, fontsize=7)
+        if n == 1 or legend.get_window_extent().width < fig.bbox.width:
+            break
+        legend.remove()
+    for dots in (h for h in legend.legend_handles if isinstance(h, PathCollection)):  # of a map, too small to tell colours
+        dots.set_sizes([20])
 
 
 def w_sweep(table: pd.DataFrame) -> Figure:
@@ -336,8 +343,6 @@ def tsne(table: pd.DataFrame) -> Figure:
                 ax.set_ylabel(("t-SNE", "PCA")[row])
         if len(classes) <= 20:
             _legend(fig, axes.flat[:1], 6)
-            for handle in fig.legends[0].legend_handles:
-                handle.set_sizes([20])  # type: ignore[attr-defined]
     return fig
 
 
