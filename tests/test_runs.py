@@ -85,8 +85,8 @@ def test_unknown_kind_before_any_training(config):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:40], lambda b: b"", lambda b: b"[1]", lambda b: b.replace(b'"loss": ', b'"loss": NaN, "x": '),
-    lambda b: b"\x80\x04\x95", lambda b: b.replace(b'"check": ', b'"x": 1' + b"0" * 400 + b', "unchecked": '),
+    lambda b: b[:40], lambda b: b"", lambda b: b"[1]", lambda b: b.replace(b'"loss":', b'"loss":NaN,"x":'),
+    lambda b: b"\x80\x04\x95", lambda b: b.replace(b'"check":', b'"x":1' + b"0" * 400 + b',"unchecked":'),
 ], ids=["truncated", "empty", "a list", "NaN", "pickle", "too long an integer"])  # fmt: skip
 def test_damaged_record_is_named(config, damage):
     runs.fetch_all([config], device="cpu", log=quiet)
