@@ -308,8 +308,8 @@ def semantic_pairs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int
             evals += [EvalConfig(run=r, kind="logistic", labels=s.labels[0], epoch=e) for e in points]
             evals += [EvalConfig(run=r, kind="linear", labels=s.labels[0]),
                       EvalConfig(run=r, kind="knn", labels=s.labels[0], k=s.neighbours[0])]  # fmt: skip
-            if r in mine[: -len(shares)] and r.method in main and r.pairs in ("none", "mined") and r.seed in several[:fewer]:
-                # Tables 4 and 5: fine-tuning; transfer, C by validation
+            compared = r.method in main and r.pairs in ("none", "mined") and r.seed in several[:fewer]
+            if compared and r not in mine[-len(shares) :]:  # Tables 4 and 5: fine-tuning; transfer, C by validation
                 evals += [EvalConfig(run=r, kind="finetune", labels=n, fit_epochs=2 if scale == "smoke" else e)
                           for n, e in ((0.1, 30), (0.01, 60))]  # fmt: skip
                 evals += [EvalConfig(run=r, kind="logistic", data=other, labels=0.1, C=c, score_on=on)

@@ -96,10 +96,12 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def variant(method: str, w: float, augment: str = "none") -> str:
     """The name a legend shows: SidAE with its w unless that is 0.5, the supervised network with its augmentation."""
-    name = NAMES[method]
-    if method == "supervised" and augment != "none":
-        name += ", augmented"
-    return f"{name}, w = {w:g}" if method == "sidae" and w != 0.5 else name
+    return NAMES[method] + _suffix(method, w, augment)
+
+
+def _suffix(method: str, w: float, augment: str) -> str:
+    return ", augmented" if method == "supervised" and augment != "none" else (
+        f", w = {w:g}" if method == "sidae" and w != 0.5 else "")
 
 
 def beside_published(table: pd.DataFrame) -> pd.DataFrame:
@@ -754,9 +756,8 @@ def probes(table: pd.DataFrame) -> pd.DataFrame:
     """The last checkpoint by the three probes side by side: SGD at a fixed rate favours features of large scale. What was
     trained differently has a row of its own: another w or target, the supervised network with augmentation."""
     last = table[table["epoch"] == table["of"]]
-    names = [r.method + f", w = {r.w:g}" * (r.method == "sidae" and r.w != 0.5)
-             + ", augmented" * (r.method == "supervised" and r.augment != "none")
-             + f", {r.target}" * (r.target != "standardised, mean") for r in last.itertuples()]
+    names = [r.method + _suffix(r.method, r.w, r.augment) for r in last.itertuples()]
+    names = [n + f", {t}" * (t != "standardised, mean") for n, t in zip(names, last["target"])]
     last = last.assign(method=names)
     return last.pivot_table(index=["display", "labels", "method"], columns="kind", values="mean", sort=False).round(1)
 

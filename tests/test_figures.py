@@ -80,3 +80,14 @@ def test_the_table_of_probes_averages_seeds_alone():
     own = {method: value for (_, _, method), value in table["linear"].fillna(table["classifier"]).items()}
     assert own == {"sidae": 10, "sidae, w = 0.25": 20, "sidae, unit, mean": 30, "untrained": 5, "supervised": 40,
                    "supervised, augmented": 60}
+
+
+def test_a_legend_of_many_long_names_stays_within_the_figure():
+    def draw(ax, rows):
+        for k in range(6):
+            ax.plot([0, 1], [k, k], label=f"a name of some length, {k}")
+
+    fig = figures.panels(pd.DataFrame({"panel": ["a", "b"]}), draw, columns=2, size=3)
+    fig.draw_without_rendering()
+    box = fig.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= fig.bbox.width
