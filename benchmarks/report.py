@@ -13,7 +13,8 @@ from sidae_lib.train import write
 HERE = Path(__file__).parent
 SIZES = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000, "stl10": 100_000, "tinyimagenet32": 50_000}
 SHOWN = ["scale", "what", "unit", "median", "spread", "n", "at", "method", "batch", "size", "precision", "mode", "ratio", "of",
-         "share", "accuracy", "low", "high", "host_gib", "device_gib"]  # fmt: skip
+         "share", "accuracy", "low", "high", "host_gib", "device_gib", "pairs", "above_mib", "pairs_per_second",
+         "seconds_million", "recall"]  # fmt: skip
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -60,6 +61,9 @@ def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, fl
     peak = pick("growth", "host_gib", what="SidAE at paper scale, images")
     yield "peak memory, CIFAR-10 at paper scale, GiB", "at most 3", peak
     yield "store with 10,000 records to a table, s", "at most 2", pick("growth", "median", what="records", at=10_000)
+    mined = {"what": "exact", "at": 50_000}
+    yield "all pairs among 50,000 images, s", "at most 60", pick("pairs", "median", **mined)
+    yield "memory above their embeddings, MiB", "at most 500", pick("pairs", "above_mib", **mined)
     rates = {m: pick("floor", "median", method=m, width=64, mode="eager") for m in ("sidae", "simsiam", "dae")}
     hours = paper_hours(rates) if all(rates.values()) else None
     yield "all SidAE figures, paper scale, 5 seeds, hours of pre-training (estimate from the rates)", "-", hours
@@ -80,7 +84,7 @@ def report(folder: Path = HERE / "results") -> str:
     reached["measured"] = ["not measured" if pd.isna(v) else f"{v:,.3g}" if v < 100 else f"{v:,.0f}"
                            for v in reached["measured"]]
     parts = [markdown(reached)]
-    for section in ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "floor", "precision", "scaling"):
+    for section in ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling"):
         if len(table := found(section)):
             where = "; ".join(f"{h}, {c} cores, {t} threads, torch {v}" for h, c, t, v in
                               sorted(set(zip(table["hardware"], table["cores"], table["threads"], table["torch"]))))
