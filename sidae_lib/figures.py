@@ -172,7 +172,8 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
              color="#7F0000" if scale != "paper" else "#444444")
     below = 0.12 * len(lines) / fig.get_figheight()  # room for these lines
     fig.get_layout_engine().set(rect=(0, below, 1, 1 - below))  # type: ignore[call-arg]
-    fig.draw_without_rendering()
+    with plt.rc_context(STYLE):  # how many ticks there are depends on the size of their labels
+        fig.draw_without_rendering()
     fig.set_layout_engine("none")
     for ax in fig.axes:  # the layout's solver differs in the last bit from call to call, and SVG's ids with it
         ax.set_position([round(v, 6) for v in ax.get_position(original=True).bounds])  # type: ignore[arg-type]
@@ -603,43 +604,49 @@ def semantic_pairs(table: pd.DataFrame) -> Figure:
             ax.axhline(0, color="#444444", lw=0.8)
             ax.set_xticks(range(4), kinds)
             ax.set(title=f"{part['display'].iloc[0]}, {PROBES[kind]}", xlim=(-0.5, 3.5), xlabel="pairs")
-        axes[0].set_ylabel("accuracy less without pairs (points)")
+        axes[0].set_ylabel("gain over no pairs (points)")
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(order))
     return fig
 
 
 def pair_table(pairs: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """The points of `pair_accuracy`: accuracies of evaluations of kind pairs, and of the neighbours that NNCLR and the
-    false negatives that FNC found while they trained, from their run records."""
-    rows = []
+    false negatives that FNC found while they trained, from their run records. Several seeds are one point: their mean, with
+    the 95 % interval over them; of one seed it is the list's own."""
+    rows: list[dict[str, Any]] = []
     for r in pairs:
         c, shown = EvalConfig.from_dict(r["config"]), {"hardware": hardware(r["provenance"])}
         name = NAMES[c.run.method] + ", untrained" * (c.epoch == 0) + ", augmented" * (c.augment != "none")
         shown["series"] = name + (f", {r['data']['display']}" if c.data else "")
         shown["colour"] = COLOURS["untrained"] if c.epoch == 0 else COLOURS[c.run.method]
+        shown["line"] = ":" if c.augment != "none" else "-." if c.data else "--" if c.epoch == 0 else "-"
         for p in r["pairs"]["curve"] if r["n_train"] == pairs[0]["n_train"] and c.epoch in (0, c.run.epochs) else ():
             rows.append(shown | {"panel": "pairs per image", "x": p["unordered"] / r["n_train"], "accuracy": p["accuracy"],
                                  "low": p["interval"][0], "high": p["interval"][1]})  # fmt: skip
         if r["n_train"] == pairs[0]["n_train"] and (c.augment, c.run.method, c.data) == ("none", "moco_v2", ""):
             rows.append(shown | {"panel": "epoch", "series": "mined by MoCo v2", "x": c.epoch, "accuracy": r["accuracy"],
                                  "low": r["pairs"]["interval"][0], "high": r["pairs"]["interval"][1],
-                                 "colour": COLOURS["moco_v2"]})  # fmt: skip
+                                 "colour": COLOURS["moco_v2"], "line": "-"})  # fmt: skip
     for r in rivals:
         name = r["config"]["method"]
         for e in r["epochs"]:
             share = e["nn_accuracy"] if name == "nnclr" else e["fn_right"] / max(e["fn_found"], 1e-9)
             rows.append({"panel": "epoch", "series": f"{NAMES[name]}, while training", "x": e["epoch"], "accuracy": 100 * share,
-                         "colour": COLOURS[name], "hardware": hardware(r["provenance"])})  # fmt: skip
-    return pd.DataFrame(rows).sort_values(["panel", "series", "x"])
+                         "colour": COLOURS[name], "line": "--", "hardware": hardware(r["provenance"])})  # fmt: skip
+    points, by = [], ["panel", "series", "colour", "line", "x"]
+    for key, own in pd.DataFrame(rows).groupby(by):
+        mean, *span = published.interval(own["accuracy"]) if len(own) > 1 else own[["accuracy", "low", "high"]].iloc[0]
+        points.append((*key, mean, *span, len(own), _distinct(own["hardware"])))
+    return pd.DataFrame(points, columns=[*by, "accuracy", "low", "high", "n", "hardware"])
 
 
 def pair_accuracy(table: pd.DataFrame) -> Figure:
     """From `pair_table`: how many pairs are right, by the number of pairs that are taken and by the encoder's epoch."""
     with _figure(6.6, 3.8) as fig:
         for ax, panel in zip(fig.subplots(1, 2, sharey=True), ("pairs per image", "epoch")):
-            for (series, colour), own in table[table["panel"] == panel].groupby(["series", "colour"], sort=False):
-                style = ":" if "augmented" in series else "--" if "untrained" in series or "while" in series else "-"
-                ax.plot(own["x"], own["accuracy"], style, marker=".", lw=1.2, color=colour, label=series)
+            for (series, colour, line), own in table[table["panel"] == panel].groupby(["series", "colour", "line"], sort=False):
+                dot = "." if len(own) < 20 else ""
+                ax.plot(own["x"], own["accuracy"], line, marker=dot, lw=1.2, color=colour, label=series)
                 ax.fill_between(own["x"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
             ax.set(xlabel=panel, xscale="log" if panel == "pairs per image" else "linear", ylim=(0, 102))
             ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
@@ -738,8 +745,9 @@ def structure(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> Figure:
-    """Rows of normalised images (B, C, S, S), pixels brought back to [0, 1]."""
+def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[float], std: Sequence[float],
+         titles: Sequence[str] = ()) -> Figure:  # fmt: skip
+    """Rows of normalised images (B, C, S, S), pixels brought back to [0, 1]; a title stands above its column."""
     m, s = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
     with _figure(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)) as fig:
         axes = fig.subplots(len(rows), len(rows[0]), squeeze=False)
@@ -749,6 +757,8 @@ def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[flo
             ax.set(xticks=[], yticks=[])
             if c == 0:
                 ax.set_ylabel(labels[r], rotation=0, ha="right", va="center")
+            if r == 0 and titles:
+                ax.set_title(titles[c], fontsize="small")
     return fig
 
 

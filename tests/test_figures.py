@@ -4,6 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -91,3 +93,28 @@ def test_a_legend_of_many_long_names_stays_within_the_figure():
     fig.draw_without_rendering()
     box = fig.legends[0].get_window_extent()
     assert 0 <= box.x0 < box.x1 <= fig.bbox.width
+
+
+def test_several_seeds_of_an_encoder_are_one_point_of_its_pairs_accuracy():
+    """Of the published records: the mean of five lists, and Student's 95 % interval with four degrees of freedom."""
+    lists = [r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] == "pairs" and r["n_train"] == 5000
+             and r["config"]["run"]["method"] == "moco_v2" and r["data"]["name"] == "cifar10"]  # fmt: skip
+    table = figures.pair_table(lists, [])
+    assert not table.duplicated(["panel", "series", "x"]).any()
+    last = [r["accuracy"] for r in lists if r["epoch"] == 65 and r["config"].get("augment", "none") == "none"]
+    (point,) = table.query("panel == 'epoch' and x == 65").itertuples()
+    half = 2.7764451 * np.std(last, ddof=1) / 5**0.5
+    assert len(last) == point.n == 5 and point.accuracy == pytest.approx(np.mean(last))
+    assert (point.low, point.high) == pytest.approx((np.mean(last) - half, np.mean(last) + half))
+    (alone,) = table.query("panel == 'epoch' and x == 13").itertuples()
+    (of_list,) = [r["pairs"]["interval"] for r in lists if r["epoch"] == 13]
+    assert alone.n == 1 and [alone.low, alone.high] == of_list
+
+
+def test_a_saved_chart_holds_its_axis_labels(tmp_path, monkeypatch):
+    """Ticks are made when a chart is drawn: laid out with ticks of another font size, this label left the page."""
+    monkeypatch.setenv("SIDAE_FIGURES", str(tmp_path))
+    table = pd.read_csv(paths.ROOT / "figures" / "laptop" / "semantic_pairs.csv")
+    fig = figures.save(figures.semantic_pairs(table), "semantic_pairs", "laptop", table)
+    with plt.rc_context(figures.STYLE):
+        assert fig.axes[0].get_tightbbox().x0 >= 0
