@@ -170,8 +170,9 @@ def _rises(frame: pd.DataFrame) -> Cases:
 
 @claim("early")
 def _early(frame: pd.DataFrame) -> Cases:
-    for display, labels, part in _probed(frame):
-        if labels == frame["labels"].min():
+    found = list(_probed(frame))  # of their shares: semantic pairs are looked for among others
+    for display, labels, part in found:
+        if labels == min(share for _, share, _ in found):
             for m in SSL:
                 first = {"method": m, "epoch": part[part["method"] == m]["epoch"].min()}
                 yield _name(display, labels, m), paired(part, first, {"method": "supervised"})
@@ -179,8 +180,9 @@ def _early(frame: pd.DataFrame) -> Cases:
 
 @claim("supervised_full")
 def _supervised_full(frame: pd.DataFrame) -> Cases:
-    for display, labels, part in _probed(frame):
-        if labels == frame["labels"].max():
+    found = list(_probed(frame))  # of their shares: semantic pairs are looked for among others
+    for display, labels, part in found:
+        if labels == max(share for _, share, _ in found):
             for m in SSL:
                 yield _name(display, labels, m), paired(_last(part), {"method": "supervised"}, {"method": m})
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from sidae_lib import experiments, figures, published
+from sidae_lib import experiments, figures, paths, published, runs
 
 ROW = {"data": "cifar10", "display": "CIFAR-10", "pretrain": "CIFAR-10", "pretrain_name": "cifar10", "w": 0.5,
        "augment": "simsiam_cifar", "target": "standardised, mean", "scored": "test", "kind": "linear", "n_train": 500,
@@ -209,3 +209,14 @@ def test_originals_and_training():
         (90.0 + s, 200, "none"), (20.0, 0, "simclr"), (95.0, 0, "none"), (10.0, 200, "simclr"))]
     board = claims(rows, "a trained encoder on original")
     assert board["difference"].tolist() == [71] and board["verdict"].tolist() == ["supported"]
+
+
+def test_the_share_of_labels_of_another_kind_of_evaluation_hides_no_claim():
+    """Pairs are mined among all images, a share of 1.0 at which no probe was fitted."""
+    laptop = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
+    own = [laptop[e.key()] for e in experiments.accuracy_vs_epochs("laptop")[1]]
+    mined = next(r for r in laptop.values() if r["kind"] == "pairs" and r["config"].get("labels", 1.0) == 1.0)
+    alone, beside = (figures.scoreboard(r, "laptop") for r in (own, [*own, mined]))
+    many = "with many labels frozen features do not beat the supervised network"
+    assert (alone["statement"] == many).sum() == 9
+    pd.testing.assert_frame_equal(alone, beside)
