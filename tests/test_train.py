@@ -150,12 +150,12 @@ def test_sigterm_leaves_a_checkpoint(tmp_path):
     """A real process: terminated in the middle, it writes a checkpoint and says so; the next one finishes."""
     code = ("import torch, sys; from pathlib import Path; from sidae_lib import data, experiments, train\n"
             "c = experiments.run('simsiam', 'digits', 'smoke', epochs=200)\n"
-            "print('ready', flush=True)\n"
+            "advance = train.Run.advance\n"
+            "train.Run.advance = lambda run, *a: (advance(run, *a), run.step == 3 and print('in step 3', flush=True))\n"
             "train.pretrain(c, data.by_fingerprint(c.data), Path(sys.argv[1]), device=torch.device('cpu'))")
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(2)
+    assert process.stdout.readline() == "in step 3\n"
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 1 and "Stopped by SIGTERM" in error and "goes on from there" in error
