@@ -24,6 +24,7 @@ from .config import RunConfig, SidaeError, digest
 os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # read on import, inherited; what failed the caller says
 
 try:
+    from dask import config
     from dask.system import CPU_COUNT
     from distributed import Client, Nanny, Reschedule, Scheduler, SpecCluster, WorkerPlugin, as_completed, get_worker
 except ImportError as e:
@@ -56,7 +57,9 @@ for _n in range(torch.cuda.device_count()):
     _GPUS.put(_n)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+# glibc keeps the memory of tensors that are gone, in one arena, whatever their size: a nanny has it given back, to be mapped
+# and cleared anew for the next tensor. Environment variables and malloc.h's numbers; the latter come late for some arenas.
+_MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 2**30)}
 
 
 @contextmanager
@@ -64,11 +67,9 @@ def _slot(device: str) -> Iterator[torch.device]:
     """One GPU of this process to itself, or the CPU; with the torch threads that its share of the cores allows.
 
     A nanny starts its worker with one thread, and the number of threads changes speed and bits: it is set and looked at.
-    It also sets glibc's trim threshold, whereupon glibc maps and unmaps every larger tensor: narrow networks would train
-    half as fast, so both thresholds are set anew.
     """
     with suppress(AttributeError, TypeError):  # another C library; TypeError: Windows
-        for name, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**30)):
+        for name, value in _MALLOC.values():  # of a worker that `local` did not start
             ctypes.CDLL(None).mallopt(name, value)
     threads = int(os.environ.get("SIDAE_THREADS") or max(1, CPU_COUNT // get_worker().state.nthreads))
     torch.set_num_threads(threads)
@@ -197,5 +198,6 @@ def local(jobs: int, device: str = "auto") -> Iterator[str]:
         return {"cls": Nanny, "options": {**here, "nthreads": 1, "memory_limit": 0, "plugins": [_Interruptible()], **more}}
 
     scheduler = {"cls": Scheduler, "options": here | {"dashboard_address": "127.0.0.1:0"}}  # 8787 may be another grid's
-    with SpecCluster({n: worker(n) for n in range(jobs)}, scheduler) as cluster:
+    keep = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, (_, value) in _MALLOC.items()}
+    with config.set(keep), SpecCluster({n: worker(n) for n in range(jobs)}, scheduler) as cluster:
         yield cluster.scheduler_address
