@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,9 +61,10 @@ class SmallCNN(nn.Sequential):
     on 3 x 32 x 32. (B, C, S, S) -> (B, 32) for S in {28, 32}, each value in (0, 1) unless sigmoid is left out."""
 
     def __init__(self, *, size: int = 32, channels: int = 3, sigmoid: bool = True) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 2, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        rectify = partial(nn.LeakyReLU, 0.2, inplace=True)  # which waits for memory: a tenth of the time of large batches
+        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 2, 2, 1, bias=False), rectify()]
         for c in (32, 64, 128):
-            layers += [nn.Conv2d(c, 2 * c, 2, 2, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c, 2 * c, 2, 2, 1, bias=False), nn.BatchNorm2d(2 * c), rectify()]
         super().__init__(*layers, nn.Conv2d(256, 8, 2, bias=False), nn.Sigmoid() if sigmoid else nn.Identity(), nn.Flatten())
         for _ in range(4):
             size = size // 2 + 1
