@@ -499,7 +499,7 @@ def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[s
     total, square = run.sums.pop("z"), run.sums.pop("zz")
     spread = networks.z_std(total, square, n).item()
     line = {"epoch": epoch} | {k: (v / n).item() for k, v in run.sums.items()} | {"z_std": spread} | gauges
-    line["lr"] = lr_at(run.step - 1, run.steps, run.config.lr, run.config.schedule)  # as the norms: of the last step
+    line["lr"] = next(g["lr"] for g in run.optimizer.param_groups if not g["fixed"])  # as the norms: of the last step
     for name, part in run.method.named_children():
         if grads := [p.grad for p in part.parameters() if p.grad is not None]:
             line[f"grad_{name}"] = torch.nn.utils.get_total_norm(grads).item()
