@@ -393,17 +393,21 @@ def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[in
     return runs, evals
 
 
-PROTOCOLS = {"faithful": ({"redraw": False}, {"bn": "train", "score_on": "part"}), "fixed": ({"batch_norm": "joint"}, {})}
+PROTOCOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of training, of evaluation
+    "faithful": ({"redraw": False}, {"bn": "train", "score_on": "part"}), **dict.fromkeys(("fixed", "confounds"), (
+        {"batch_norm": "joint"}, {}))}  # fmt: skip
 
 
 def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), protocols: Sequence[str] = ()
                         ) -> Needs:  # fmt: skip
     """The student report's twelve scenarios and four controls: as its code ran them (one seed, with t-SNE maps), and by a
-    fixed protocol with every seed, where its confounds are undone one at a time."""
+    fixed protocol with every seed; and, by that protocol, its confounds undone one at a time."""
     s, smoke, real = scale_of(scale), scale == "smoke", scale in ("laptop", "paper")
     sgd = {"momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "per_class": 5000 if real else 20 if smoke else 200,
            "batch": 1024 if real else 64 if smoke else 128}  # fmt: skip
     runs, evals, short = [], [], {"epochs": 2} if smoke else {}
+    if unknown := set(protocols) - {*PROTOCOLS}:
+        raise SidaeError(f"Unknown protocol {min(unknown)!r}; choose from {', '.join(PROTOCOLS)}.")
     for protocol in protocols or PROTOCOLS:
         change, how = PROTOCOLS[protocol]
         how = how | ({"labels": 0.1} if smoke else {})
@@ -416,14 +420,16 @@ def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequenc
                 if protocol == "faithful":  # maps, of the last by other perplexities too
                     evals += [EvalConfig(run=r, kind="tsne", perplexity=p, bn="train", labels=0.1, points=1000 if real else 60)
                               for r in six for p in ((20, 3, 10, 15, 25, 35, 50) if r is six[-1] else (20,))]
-                elif not smoke or dataset in GREY:
-                    six += [r.replace(**c[r.method]) for c in metric.CONFOUNDS.values() for r in six[-2:] if r.method in c]
                 untrained = RunConfig(method="untrained", seed=seed, epochs=0, **base)
                 supervised = RunConfig(method="supervised", seed=seed, **base, **{  # the downstream recipe, with momentum
                     "batch": 256, "lr": 0.05, "weight_decay": 0.0, "schedule": "constant", "epochs": 10, **short})  # fmt: skip
-                runs += [*six, untrained, supervised]
-                evals += [EvalConfig(run=r, kind="report", **how) for r in (*six, untrained, supervised)]
-                evals += [EvalConfig(run=untrained, kind="report", features=f, **how) for f in ("pixels", "pca")]
+                controls = [untrained, supervised]
+                if protocol == "confounds":
+                    both, controls = six[-2:] if not smoke or dataset in GREY else [], []
+                    six = [r.replace(**c[r.method]) for c in metric.CONFOUNDS.values() for r in both if r.method in c]
+                runs += [*six, *controls]
+                evals += [EvalConfig(run=r, kind="report", **how) for r in (*six, *controls)]
+                evals += [EvalConfig(run=r, kind="report", features=f, **how) for r in controls[:1] for f in ("pixels", "pca")]
     return list(dict.fromkeys(runs)), evals
 
 

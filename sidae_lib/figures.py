@@ -403,7 +403,8 @@ def _untrained(table: pd.DataFrame) -> dict[str, float]:
 
 def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Every method by its own choices: accuracy, kNN, logistic regression on its `untrained` network, `seconds` of training
-    per 1,000 images, the collapse gauge z_std (1 / sqrt(D) is healthy, 0 collapsed) and `train.cost`.
+    per 1,000 images on the machine that trained most of the runs, since seconds of two machines do not compare, the collapse
+    gauge z_std (1 / sqrt(D) is healthy, 0 collapsed) and `train.cost`.
 
     records: of runs and of evaluations; costs: by method."""
     table = summary(evaluations([r for r in records if "kind" in r]))
@@ -411,8 +412,11 @@ def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, f
     table = table[(table["varied"] == "") & ~table["method"].isin(["composed", "untrained"])]
     wide = table.pivot_table(index=["method", "n", "hardware", "display"], columns="kind", values="mean", sort=False)
     trained = [r for r in records if r.get("epochs") and not methods.varied(RunConfig.from_dict(r["config"]))]
+    where = [hardware(r["provenance"]) for r in trained]
+    most = max(where, key=where.count)
     took = pd.DataFrame([{"method": r["config"]["method"], "images": r["images"], "z_std": r["epochs"][-1]["z_std"],
-                          "seconds": 1000 * r["seconds"] / r["images"]} for r in trained]).groupby("method").mean()
+                          "seconds": 1000 * r["seconds"] / r["images"] if there == most else np.nan}
+                         for r, there in zip(trained, where)]).groupby("method").mean()  # fmt: skip
     wide = wide.reset_index().merge(took, "left", "method").join(pd.DataFrame(costs).T, "method")
     return wide.assign(untrained=wide["method"].map(bare))
 

@@ -618,6 +618,8 @@ def test_a_composed_run_trains_is_read_and_is_drawn(store):
     figures.save(figures.five_axes(logistic), "five_axes", "smoke", logistic)
     side = figures.side_by_side(records, {"yadim": {"parameters": 5, "mib": 1.5}})
     figures.save(figures.accuracy_vs_cost(side), "five_axes_cost", "smoke", side)
+    slow = records[2] | {"provenance": {"device": "another machine", "threads": 1}, "seconds": 1e6}
+    assert list(figures.side_by_side([*records, slow], {})["seconds"]) == list(side["seconds"])
     assert set(side["method"]) == {"yadim", "simsiam"} and side.set_index("method").loc["yadim", "untrained"] > 0
     for name, draw in (("five_axes", figures.five_axes), ("five_axes_cost", figures.accuracy_vs_cost)):
         again = draw(pd.read_csv(store / "figures" / "smoke" / f"{name}.csv")).axes[0]

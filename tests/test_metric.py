@@ -440,12 +440,17 @@ def test_every_published_row_has_its_faithful_run():
 
 
 def test_fixed_undoes_one_confound_at_a_time():
-    configs, evals = experiments.pairwise_vs_triplet("laptop", protocols=("fixed",))
+    configs, evals = experiments.pairwise_vs_triplet("laptop", protocols=("fixed", "confounds"))
     assert {c.seed for c in configs} == {0, 1, 2} and all(e.bn == "eval" and e.score_on == "test" for e in evals)
     base = {c.method: c for c in reversed(configs) if c.augment == "report_simclr" and c.seed == 0}  # the first of each
     for name, change in metric.CONFOUNDS.items():
         for method, fields in change.items():
             assert len(fields) == 1 and base[method].replace(**fields) in configs, name
+    for protocol in ("fixed", "confounds"):
+        assert {bool(metric.undone(c)) for c in experiments.pairwise_vs_triplet("laptop", protocols=(protocol,))[0]} == {
+            protocol == "confounds"}  # fmt: skip
+    with pytest.raises(SidaeError, match="Unknown protocol 'fix'; choose from faithful, fixed, confounds"):
+        experiments.pairwise_vs_triplet("laptop", protocols=("fix",))
 
 
 def test_the_reports_own_table_supports_its_claims():
