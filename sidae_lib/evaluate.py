@@ -201,7 +201,6 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     split = images.split("train" if config.score_on == "val" else "test")
     y, y_test = images.split("train").labels[train].to(device), split.labels[scored].to(device)
     x, x_test, classes = images.split("train").images[train], split.images[scored], len(images.classes)
-    extra: dict[str, Any] = {}
     before = {k: v.clone() for k, v in net.state_dict().items()}
 
     def embed(pixels: Tensor) -> Tensor:

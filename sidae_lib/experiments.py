@@ -429,7 +429,8 @@ def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequenc
                     six = [r.replace(**c[r.method]) for c in metric.CONFOUNDS.values() for r in both if r.method in c]
                 runs += [*six, *controls]
                 evals += [EvalConfig(run=r, kind="report", **how) for r in (*six, *controls)]
-                evals += [EvalConfig(run=r, kind="report", features=f, **how) for r in controls[:1] for f in ("pixels", "pca")]
+                plain = ("pixels", "pca") if controls and seed == (seeds or s.seeds)[0] else ()  # which no seed changes
+                evals += [EvalConfig(run=untrained, kind="report", features=f, **how) for f in plain]
     return list(dict.fromkeys(runs)), evals
 
 
