@@ -608,7 +608,7 @@ def semantic_pairs(table: pd.DataFrame) -> Figure:
             ax.axhline(0, color="#444444", lw=0.8)
             ax.set_xticks(range(4), kinds)
             ax.set(title=f"{part['display'].iloc[0]}, {PROBES[kind]}", xlim=(-0.5, 3.5), xlabel="pairs")
-        axes[0].set_ylabel("gain over no pairs (points)")
+        axes[0].set_ylabel("gain over no pairs (points),\nbars: 95 % interval")
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(order))
     return fig
 
