@@ -386,7 +386,7 @@ def five_axes(table: pd.DataFrame) -> Figure:
                 ax.errorbar(p.mean, y, xerr=p.se, color=COLOURS[m], marker=MARKERS[m], ms=5, mfc=None if p.own else "white")
                 name = own[axis] if p.own else p.choice if len(p.choice) < 18 else "as bolts counts"
                 ax.annotate(name, (p.mean, y), (0, (4, -10, 10, -16)[k % 4]), textcoords="offset points", ha="center",
-                            fontsize=5.5)
+                            fontsize=5.5, bbox={"fc": "white", "ec": "none", "pad": 0.4})
         ax.set_yticks(range(len(rows)), [f"{NAMES[m]}: {axis}" for m, axis, _ in rows])
         ax.set(xlabel=f"test accuracy (%), {PROBES[table['kind'].iloc[0]]}", ylim=(len(rows) - 0.4, -0.6),
                title=f"One choice changed at a time, {table['display'].iloc[0]}")
