@@ -117,7 +117,8 @@ def _claims(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def sides(frame: pd.DataFrame, query: str) -> pd.Series:
-    """"better > worse", two queries of the evaluations: the least of one side less the greatest of the other, by seed."""
+    """"better > worse", two queries of the evaluations: the least of one side's runs less the greatest of the other's, by
+    seed; of one run the mean of the rows asked for, which are its classes."""
     keys = ["seed", "data", "method", "augment"]
     better, worse = (frame.query(q).groupby(keys)["accuracy"].mean().groupby("seed") for q in query.split(" > "))
     return (better.min() - worse.max()).dropna()

@@ -213,7 +213,8 @@ def plan(configs: Sequence[Config], *, weights: bool = False, log: Callable = pr
         else:
             jobs.setdefault(config, Job(config))
 
-    for config in dict.fromkeys(configs):
+    place = {run: n for n, run in enumerate(dict.fromkeys(map(_run, configs)))}
+    for config in sorted(dict.fromkeys(configs), key=lambda c: place[_run(c)]):  # a recorded run's evaluations are not last
         if found(config, log) is None:
             add(config)
         if weights:

@@ -154,6 +154,13 @@ def test_dependencies_come_first(store, monkeypatch):
     assert [(j.run, j.epochs, len(j.evals)) for j in jobs] == [(encoder, {2, 4}, 1), (second, {1}, 0), (third, {1}, 1)]
 
 
+def test_what_a_recorded_run_is_still_asked_for_is_not_last(store):
+    first, second = run(0), run(1)
+    runs.fetch_all([first], device="cpu", log=lambda _: None)
+    jobs = runs.plan([first, second, knn(first), knn(second)], log=lambda _: None)
+    assert [(j.run, len(j.evals)) for j in jobs] == [(first, 1), (second, 1)]
+
+
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
