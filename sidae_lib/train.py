@@ -162,10 +162,15 @@ def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
     return "views" if steps >= 200 and shutil.which(os.environ.get("CXX", "g++")) else "eager"
 
 
-def compiled(function: Callable, graphs: bool = False) -> Callable:
-    """`torch.compile` for static shapes, with CUDA graphs where asked. Its limit of eight variants of one function, an error
-    for whole graphs, is lifted: a worker meets as many pipelines and shapes as its grid has."""
+def _unlimited() -> None:
+    """Lifts torch's limit of eight variants of one function, an error for whole graphs: a worker meets as many pipelines and
+    shapes as its grid has. torch keeps it for a context alone, and each task of a worker has its own."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**20
+
+
+def compiled(function: Callable, graphs: bool = False) -> Callable:
+    """`torch.compile` for static shapes, with CUDA graphs where asked."""
+    _unlimited()
     return torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
 
@@ -239,6 +244,7 @@ class Run:
     def set_mode(self, mode: str) -> None:
         """One of `compile_mode`'s, or `graphs`: the compiled step in CUDA graphs, which benchmarks alone ask for so far."""
         self.mode = mode
+        _unlimited()  # the views may have been compiled in another task
         self.view1, self.view2 = (_view(self.config.augment, n, mode == "views") for n in (0, 1))
         self.compiled = compiled(self.forward, mode == "graphs") if mode in ("step", "graphs") else self.forward
 

@@ -1,5 +1,7 @@
 """Fast paths against the plain one: no further from it than the plain run is from itself after a 1e-7 nudge."""
 
+import contextvars
+
 import pytest
 import torch
 
@@ -50,9 +52,16 @@ def test_mode_is_a_function_of_run_and_device():
     assert train.compile_mode(config, torch.device("cuda"), 10_000) == "step"
 
 
-@pytest.mark.slow
-def test_a_process_compiles_for_as_many_shapes_as_its_grid_has():
-    """torch's own limit is eight, and with whole graphs the ninth is an error."""
-    add = train.compiled(lambda x: x + 1)
-    for n in range(2, 13):
-        assert (add(torch.zeros(n)) == 1).all()
+def test_a_process_compiles_for_as_many_shapes_as_its_grid_has(config):
+    """torch's own limit is eight, and with whole graphs the ninth is an error. A worker's tasks have a context each, and
+    what was compiled in one is called in the next."""
+    made = []
+
+    def task(sizes: range) -> None:
+        train.Run(config, data.by_fingerprint(config.data), torch.device("cpu"))
+        made.extend([] if made else [train.compiled(lambda x: x + 1)])
+        for n in sizes:
+            assert (made[0](torch.zeros(n)) == 1).all()
+
+    for sizes in (range(2, 8), range(8, 14)):
+        contextvars.Context().run(task, sizes)
