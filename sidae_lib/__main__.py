@@ -83,12 +83,13 @@ def readme(text: str) -> str:
                 rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {n}, {scale}, {hardware} |")
     board = ["| claim | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
     same = ["statement", "case", "n", "difference"]  # the student report's runs are of its own size at both scales
-    said = pd.DataFrame(columns=same)
+    said: set[tuple] = set()
     for scale in ("laptop", "paper"):
         if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:
             claims = figures.scoreboard(found, scale).query("published.isna()")
-            claims = claims[~claims[same].apply(tuple, axis=1).isin(said.apply(tuple, axis=1))]
-            said = claims[same]
+            decided = list(claims[same].itertuples(index=False, name=None))
+            claims = claims.loc[[r not in said for r in decided]]
+            said.update(decided)
             for claim, cases in claims.groupby("statement", sort=False):
                 count = cases["verdict"].str.split().str[0].value_counts()
                 counts = " | ".join(str(count.get(v, 0)) for v in ("supported", "contradicted", "undecided"))
