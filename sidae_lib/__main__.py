@@ -87,9 +87,9 @@ def readme(text: str) -> str:
     for scale in ("laptop", "paper"):
         if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:
             claims = figures.scoreboard(found, scale).query("published.isna()")
-            decided = list(claims[same].itertuples(index=False, name=None))
-            claims = claims.loc[[r not in said for r in decided]]
-            said.update(decided)
+            judged = list(claims[same].itertuples(index=False, name=None))
+            claims = claims.loc[[r not in said for r in judged]]
+            said.update(judged)
             for claim, cases in claims.groupby("statement", sort=False):
                 count = cases["verdict"].str.split().str[0].value_counts()
                 counts = " | ".join(str(count.get(v, 0)) for v in ("supported", "contradicted", "undecided"))

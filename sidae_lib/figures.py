@@ -80,7 +80,7 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _distinct(names: Iterable[str]) -> str:
+def distinct(names: Iterable[str]) -> str:
     """What rows made into one were computed on: every machine once."""
     return "; ".join(sorted(set(names)))
 
@@ -90,7 +90,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     by = [c for c in frame.columns if c not in ("seed", "accuracy", "run_key", "hardware")]
     out = frame.groupby(by, sort=False).agg(
         mean=("accuracy", "mean"), se=("accuracy", "sem"), n=("accuracy", "count"),
-        hardware=("hardware", _distinct))
+        hardware=("hardware", distinct))
     return out.reset_index().round({"mean": 4, "se": 4})
 
 
@@ -148,7 +148,7 @@ def order(cases: dict[str, Sequence[dict[str, Any]]]) -> pd.DataFrame:
             mean, low, high = published.interval(lead)
             rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, **wide.mean(), "n": len(lead),
                          "lead": mean, "low": low, "high": high, "SidAE leads": published.verdict(lead),
-                         "hardware": _distinct(part["hardware"])})  # fmt: skip
+                         "hardware": distinct(part["hardware"])})  # fmt: skip
     return pd.DataFrame(rows).round(2)
 
 
@@ -572,7 +572,7 @@ def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.Data
     rest, rows = frame[frame["pairs"] != base].join(own, on=by, how="inner"), []
     for key, part in rest.groupby([*by[1:-1], "pairs", "count"], sort=False):
         gain, low, high = published.interval(part["accuracy"] - part["own"])
-        rows.append((*key, gain, low, high, len(part), _distinct(part["hardware"])))
+        rows.append((*key, gain, low, high, len(part), distinct(part["hardware"])))
     return pd.DataFrame(rows, columns=[*by[1:-1], "pairs", "count", "gain", "low", "high", "n", "hardware"])
 
 
@@ -640,7 +640,7 @@ def pair_table(pairs: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]
     points, by = [], ["panel", "series", "colour", "line", "x"]
     for key, own in pd.DataFrame(rows).groupby(by):
         mean, *span = published.interval(own["accuracy"]) if len(own) > 1 else own[["accuracy", "low", "high"]].iloc[0]
-        points.append((*key, mean, *span, len(own), _distinct(own["hardware"])))
+        points.append((*key, mean, *span, len(own), distinct(own["hardware"])))
     return pd.DataFrame(points, columns=[*by, "accuracy", "low", "high", "n", "hardware"])
 
 
