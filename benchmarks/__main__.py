@@ -30,11 +30,14 @@ def paper(bench: Bench, method: str, batch: int) -> tuple[RunConfig, Images]:
 
 
 def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, Callable], name: str = "") -> list[Row]:
-    """The step alone and the pipeline in every mode and in bf16, then the rivals; with a name also two processes."""
-    own = train.Run(config, images, bench.device).mode
-    out, limits, ours, graphs = [], {}, None, ("graphs",) * (bench.device.type == "cuda")
-    every = (own,) if bench.quick else ("eager", "views", "step", *graphs)
-    for precision, modes in (("fp32", every), ("bf16", (own, *graphs))):
+    """The step alone and the pipeline in every mode and in bf16, then the rivals; with a name also two processes. On a GPU
+    float32 is eager alone, since no run there takes it, and the rivals are in bf16 too."""
+    own, cuda = train.Run(config, images, bench.device).mode, bench.device.type == "cuda"
+    out, limits, ours = [], {}, None
+    every = (("fp32", ("eager",)), ("bf16", ("eager", "step", "graphs"))) if cuda else (
+        ("fp32", (own,) if bench.quick else ("eager", "views", "step")), ("bf16", (own,)))  # fmt: skip
+    config = config.replace(precision="bf16" if cuda else config.precision)
+    for precision, modes in every:
         run = config.replace(precision=precision)
         info = {"data": images.name, "method": run.method, "batch": run.batch, "precision": precision}
         for mode in modes:
@@ -54,7 +57,7 @@ def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, C
             jobs = [process.submit(c.single, bench, config, name, own) for process in (one, other)]
             return sum(job.result() for job in jobs)
 
-        if name and bench.device.type == "cpu":
+        if name and not cuda:
             warmed = lambda: (both(), both)[1]  # noqa: E731
             out.append(Contender("two processes of one thread", warmed, of=ours, info=ours.info))
         return measure(bench, out)
@@ -62,13 +65,15 @@ def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, C
 
 def pretrain(bench: Bench) -> Rows:
     rivals = {"lightly's example": c.lightly_example, "torchvision on PIL": c.plain}
-    for batch in (16,) if bench.quick else (256, 512):
+    for batch in bench.batches:
         yield from compare(bench, *paper(bench, "simsiam", batch), rivals)
 
 
 def sidae(bench: Bench) -> Rows:
-    for batch in (16,) if bench.quick else (256, 512):
+    for batch in bench.batches:
         for method in ("sidae", "dae"):
+            if time.monotonic() > bench.deadline:
+                return
             yield from compare(bench, *paper(bench, method, batch), {"torchvision on PIL": c.plain})
 
 
@@ -210,14 +215,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no section or round after so long")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results, or its subfolder quick")
+    parser.add_argument("--batches", type=int, nargs="+", default=(256, 512), help="batch sizes of pretrain and sidae")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results, or its subfolder cuda or quick")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
     args = parser.parse_args(argv)
     if args.data:
         os.environ["SIDAE_DATA"] = str(args.data.resolve())
-    out = args.out or Path(__file__).parent / "results" / ("quick" if args.quick else "")
     chosen = args.only.split(",")
     try:
         if unknown := [name for name in chosen if name not in SECTIONS]:
@@ -225,7 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.repeats < 1:
             raise SidaeError(f"--repeats must be at least 1, got {args.repeats}.")
         deadline = time.monotonic() + 60 * args.minutes
-        bench = Bench(train.device_of(args.device), args.repeats, deadline, args.quick)
+        bench = Bench(train.device_of(args.device), args.repeats, deadline, args.quick,
+                      batches=(16,) if args.quick else tuple(args.batches))  # fmt: skip
+        cuda = "cuda" * (bench.device.type == "cuda")
+        out = args.out or Path(__file__).parent / "results" / ("quick" if args.quick else cuda)
         where = hardware(bench)
         print(*(f"{k}: {v}" for k, v in where.items()), sep=", ")
         for name in chosen:

@@ -29,6 +29,7 @@ class Bench:
     deadline: float = float("inf")  # time.monotonic() after which no further round begins
     quick: bool = False  # tiny sizes: shows that everything runs, measures nothing
     cores: int = len(os.sched_getaffinity(0))
+    batches: tuple[int, ...] = (256, 512)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import experiments, figures, methods, paths, runs, train
+from . import evaluate, experiments, figures, methods, paths, runs, train
 from .config import RunConfig, SidaeError
 
 
@@ -17,6 +17,8 @@ def _run(args: argparse.Namespace) -> None:
     build = experiments.figure(args.figure)
     seeds = tuple(range(args.seeds)) if args.seeds else ()
     configs, evals = build(args.scale, datasets=args.datasets or (), seeds=seeds)
+    if args.kinds:
+        evals = [e for e in evals if e.kind in args.kinds]
     if args.plan:
         return _plan([*configs, *evals], args.plan, args.rate)
     with _cluster(args) as client:
@@ -120,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--scale", default="quick", help=", ".join(experiments.SCALES))
     run.add_argument("--datasets", nargs="+", metavar="NAME", help="only these image sets")
     run.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
+    run.add_argument("--kinds", nargs="+", metavar="KIND", choices=evaluate.KINDS, help="only evaluations of these kinds: "
+                     + ", ".join(evaluate.KINDS))
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
     run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
