@@ -191,7 +191,11 @@ class Decoder(nn.Module):
         self.up = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.up(self.fc(z).view(len(z), *self.start))
+        c, h, w = self.start
+        x = self.fc(z).view(len(z), c, h, w).permute(0, 2, 3, 1).flatten(1)
+        # channels_last by its strides too, which a 1x1 map may miss: else the compiler and cuDNN disagree on the layout of the
+        # first weight's gradient (pytorch/pytorch#171622)
+        return self.up(x.view(len(z), h, w, c).permute(0, 3, 1, 2))
 
 
 def projector(features: int, hidden: int, dim: int, affine: bool = False) -> nn.Sequential:
