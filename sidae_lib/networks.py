@@ -191,11 +191,13 @@ class Decoder(nn.Module):
         self.up = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        c, h, w = self.start
-        x = self.fc(z).view(len(z), c, h, w).permute(0, 2, 3, 1).flatten(1)
-        # channels_last by its strides too, which a 1x1 map may miss: else the compiler and cuDNN disagree on the layout of the
-        # first weight's gradient (pytorch/pytorch#171622)
-        return self.up(x.view(len(z), h, w, c).permute(0, 3, 1, 2))
+        x, first = self.fc(z), self.up[0].weight
+        if self.start[1:] != (1, 1):
+            return self.up(x.view(len(z), *self.start))
+        # Four of the nine taps reach a map of 1x1 -> 2x2: a matrix product. As a convolution it would not compile on a GPU,
+        # where cuDNN lays out the gradient of its weight in another way than the compiler expects (pytorch/pytorch#171622).
+        x = x @ first[:, :, 1:, 1:].permute(0, 2, 3, 1).flatten(1)
+        return self.up[1:](x.view(len(z), 2, 2, -1).permute(0, 3, 1, 2))
 
 
 def projector(features: int, hidden: int, dim: int, affine: bool = False) -> nn.Sequential:
