@@ -84,7 +84,8 @@ def report(folder: Path = HERE / "results") -> str:
     reached["measured"] = ["not measured" if pd.isna(v) else f"{v:,.3g}" if v < 100 else f"{v:,.0f}"
                            for v in reached["measured"]]
     parts = [markdown(reached)]
-    for section in ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling"):
+    sections = ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling")
+    for section in (*sections, *(f"cuda/{name}" for name in sections)):
         if len(table := found(section)):
             where = "; ".join(f"{h}, {c} cores, {t} threads, torch {v}" for h, c, t, v in
                               sorted(set(zip(table["hardware"], table["cores"], table["threads"], table["torch"]))))

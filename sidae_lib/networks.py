@@ -167,6 +167,25 @@ class Context(nn.Module):
         return x.relu()
 
 
+class Doubling(nn.ConvTranspose2d):
+    """The transposed convolution of kernel 3 and stride 2 that doubles a map, (B, c_in, s, s) -> (B, c_out, 2 s, 2 s).
+
+    As a convolution it does not compile on a GPU where the map is 1x1: cuDNN lays out the gradient of the weight in another
+    way than the compiler expects (pytorch/pytorch#171622). There it is `product`, elsewhere torch's own, bit for bit.
+    """
+
+    def __init__(self, c_in: int, c_out: int, bias: bool = False) -> None:
+        super().__init__(c_in, c_out, 3, 2, 1, 1, bias=bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same for a map of 1x1 without bias: four of the nine taps reach it."""
+        x = x.flatten(1) @ self.weight[:, :, 1:, 1:].permute(0, 2, 3, 1).flatten(1)
+        return x.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.product(x) if x.is_cuda and x.shape[2:] == (1, 1) and self.bias is None else super().forward(x)
+
+
 class Decoder(nn.Module):
     """g of SidAE Sec. 3.2: one fully connected layer, then five transposed convolutions that mirror the encoder.
 
@@ -185,19 +204,13 @@ class Decoder(nn.Module):
         widths = [width, width // 2, width // 4, width // 8, width // 8]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
-            layers += [nn.ConvTranspose2d(a, b, 3, 2, 1, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
-        layers.append(nn.ConvTranspose2d(widths[-1], channels, 3, 2, 1, 1))
+            layers += [Doubling(a, b), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+        layers.append(Doubling(widths[-1], channels, bias=True))
         layers.append({"linear": nn.Identity, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}[output]())
         self.up = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        x, first = self.fc(z), self.up[0].weight
-        if self.start[1:] != (1, 1):
-            return self.up(x.view(len(z), *self.start))
-        # Four of the nine taps reach a map of 1x1 -> 2x2: a matrix product. As a convolution it would not compile on a GPU,
-        # where cuDNN lays out the gradient of its weight in another way than the compiler expects (pytorch/pytorch#171622).
-        x = x @ first[:, :, 1:, 1:].permute(0, 2, 3, 1).flatten(1)
-        return self.up[1:](x.view(len(z), 2, 2, -1).permute(0, 3, 1, 2))
+        return self.up(self.fc(z).view(len(z), *self.start))
 
 
 def projector(features: int, hidden: int, dim: int, affine: bool = False) -> nn.Sequential:

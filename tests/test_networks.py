@@ -1,5 +1,6 @@
 """Networks: parameter counts of the papers, shapes, torchvision's own resnet18, and what a file on disk may do."""
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from sidae_lib import networks
 from sidae_lib.config import RunConfig, SidaeError
-from sidae_lib.networks import Decoder, ResNet, SmallCNN, predictor, projector, z_std
+from sidae_lib.networks import Decoder, Doubling, ResNet, SmallCNN, predictor, projector, z_std
 
 
 def noise(*shape, seed=0):
@@ -84,6 +85,22 @@ def test_decoder_counts_and_doubling():
     assert [m.bias is not None for m in up] == [False] * 4 + [True]  # BatchNorm after the first four
     assert [map_of(net, m, noise(1, 2048))[1] for m in up] == [2, 4, 8, 16, 32]
     assert Decoder(8, width=8, channels=1, size=64)(noise(2, 8)).shape == (2, 1, 64, 64)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_doubling_is_the_transposed_convolution(side):
+    net = Doubling(6, 5).double().to(memory_format=torch.channels_last)
+    x = noise(4, 6, side, side).double().requires_grad_()
+    slow = torch.zeros(4, 5, 2 * side, 2 * side, dtype=torch.double)
+    for i, j, k, n in itertools.product(range(side), range(side), range(3), range(3)):  # tap (k, n) of place (i, j)
+        if 0 <= (row := 2 * i - 1 + k) < 2 * side and 0 <= (column := 2 * j - 1 + n) < 2 * side:
+            slow[:, :, row, column] += x[:, :, i, j] @ net.weight[:, :, k, n]
+    weights = noise(4, 5, 2 * side, 2 * side).double()
+    expected = torch.autograd.grad((slow * weights).sum(), [x, net.weight])
+    for out in (net(x), net.product(x)) if side == 1 else (net(x),):
+        assert torch.allclose(out, slow, atol=1e-12) and out.is_contiguous(memory_format=torch.channels_last)
+        for ours, theirs in zip(torch.autograd.grad((out * weights).sum(), [x, net.weight]), expected):
+            assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def test_decoder_output():

@@ -129,12 +129,18 @@ def cli(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_command_line(store):
-    """Runs without Jupyter, says what is recorded, and a second call computes nothing."""
+    """Runs without Jupyter, says what is recorded; with --kinds only those evaluations, which nothing computes again."""
+    some = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--kinds", "linear", "classifier")
+    assert some.returncode == 0, some.stderr
+    assert "8 runs and 18 evaluations are recorded" in some.stdout and "trained simsiam" in some.stdout
+    kinds = [r["kind"] for r in runs.every("eval-*", (paths.runs(),))]
+    assert sorted(kinds) == 4 * ["classifier"] + 14 * ["linear"]
+    before = {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")}
     first = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
     assert first.returncode == 0, first.stderr
-    assert "8 runs and 46 evaluations are recorded" in first.stdout and "trained simsiam" in first.stdout
+    assert "8 runs and 46 evaluations are recorded" in first.stdout and "trained simsiam" not in first.stdout
     kept = {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")}
-    assert len(kept) == 8 + 46
+    assert len(kept) == 8 + 46 and kept.items() >= before.items()
     again = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
     assert again.returncode == 0 and "trained simsiam" not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")} == kept
