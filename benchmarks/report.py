@@ -12,8 +12,8 @@ from sidae_lib.train import write
 
 HERE = Path(__file__).parent
 SIZES = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000, "stl10": 100_000, "tinyimagenet32": 50_000}
-SHOWN = ["scale", "what", "unit", "median", "spread", "n", "at", "method", "batch", "size", "precision", "mode", "ratio", "of",
-         "share", "accuracy", "low", "high", "host_gib", "device_gib", "pairs", "above_mib", "pairs_per_second",
+SHOWN = ["scale", "what", "unit", "median", "spread", "largest", "n", "at", "method", "batch", "size", "precision", "mode",
+         "ratio", "of", "share", "accuracy", "low", "high", "host_gib", "device_gib", "pairs", "above_mib", "pairs_per_second",
          "seconds_million", "recall"]  # fmt: skip
 
 
@@ -84,11 +84,13 @@ def report(folder: Path = HERE / "results") -> str:
     reached["measured"] = ["not measured" if pd.isna(v) else f"{v:,.3g}" if v < 100 else f"{v:,.0f}"
                            for v in reached["measured"]]
     parts = [markdown(reached)]
-    sections = ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling")
+    sections = ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling",
+                "devices")  # fmt: skip
     for section in (*sections, *(f"cuda/{name}" for name in sections)):
         if len(table := found(section)):
-            where = "; ".join(f"{h}, {c} cores, {t} threads, torch {v}" for h, c, t, v in
-                              sorted(set(zip(table["hardware"], table["cores"], table["threads"], table["torch"]))))
+            names = [c for c in ("hardware", "cores", "threads", "torch") if c in table]
+            where = "; ".join(sorted({", ".join({"cores": f"{v} cores", "threads": f"{v} threads", "torch": f"torch {v}"}.get(
+                c, str(v)) for c, v in zip(names, row)) for row in table[names].itertuples(index=False)}))  # fmt: skip
             shown = table[[c for c in SHOWN if c in table and not table[c].isna().all()]]
             parts.append(f"### `{section}` ({where})\n\n{markdown(shown)}")
     return "\n\n".join(parts)

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from sidae_lib import experiments
+from sidae_lib import experiments, runs
+from sidae_lib.config import EvalConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 D, HIDDEN, PRED = 64, 64, 16  # heads of the smoke scale
@@ -132,3 +133,21 @@ def test_hours_of_the_whole_paper(benchmarks):
     alone = report.paper_hours({"simsiam": 1e4})
     sets = 5 * 200 * (50_000 + 60_000 + 60_000) + 5 * 200 * 50_000  # three sets, and the pool
     assert alone == pytest.approx(sets / 1e4 / 3600)
+
+
+def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import devices
+
+    for store, device, accuracy in (("a", "one", [50.0, 60.0, 70.0]), ("b", "other", [50.25, 59.0, 70.5]), ("c", "one", [0.0])):
+        monkeypatch.setenv("SIDAE_RUNS", str(tmp_path / store))
+        for n, value in enumerate(accuracy[: 3 if store != "b" else 2]):
+            c = EvalConfig(run=experiments.run("untrained", "digits", "smoke", seed=n))
+            runs.keep(c, {
+                "config": c.to_dict(), "run_key": c.run.key(), "key": c.key(), "epoch": 0, "kind": "linear", "n_train": 1437,
+                "data": {"name": "digits", "display": "digits"}, "accuracy": value,
+                "provenance": {"device": device, "threads": 1}})  # fmt: skip
+    [row] = devices.compare(tmp_path / "a", tmp_path / "b").to_dict("records")
+    assert row == {"what": "linear, accuracy", "unit": "points", "median": (0.25 + 1.0) / 2, "largest": 1.0, "n": 2,
+                   "hardware": "one, 1 thread, against other, 1 thread"}  # fmt: skip
+    assert devices.compare(tmp_path / "a", tmp_path / "c").empty  # the same device twice says nothing
