@@ -31,12 +31,15 @@ def paper(bench: Bench, method: str, batch: int) -> tuple[RunConfig, Images]:
 
 def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, Callable], name: str = "") -> list[Row]:
     """The step alone and the pipeline in every mode and in bf16, then the rivals; with a name also two processes. On a GPU
-    float32 is eager alone, since no run there takes it, and the rivals are in bf16 too."""
+    float32 is eager alone, since no run there takes it, and the rivals are in bf16 too. Nothing when the time is up."""
+    if time.monotonic() > bench.deadline:
+        return []
     own, cuda = train.Run(config, images, bench.device).mode, bench.device.type == "cuda"
     out, limits, ours = [], {}, None
     every = (("fp32", ("eager",)), ("bf16", ("eager", "step", "graphs"))) if cuda else (
         ("fp32", (own,) if bench.quick else ("eager", "views", "step")), ("bf16", (own,)))  # fmt: skip
-    config = config.replace(precision="bf16" if cuda else config.precision)
+    if cuda:
+        config = config.replace(precision="bf16")
     for precision, modes in every:
         run = config.replace(precision=precision)
         info = {"data": images.name, "method": run.method, "batch": run.batch, "precision": precision}
@@ -72,8 +75,6 @@ def pretrain(bench: Bench) -> Rows:
 def sidae(bench: Bench) -> Rows:
     for batch in bench.batches:
         for method in ("sidae", "dae"):
-            if time.monotonic() > bench.deadline:
-                return
             yield from compare(bench, *paper(bench, method, batch), {"torchvision on PIL": c.plain})
 
 
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no section or round after so long")
-    parser.add_argument("--batches", type=int, nargs="+", default=(256, 512), help="batch sizes of pretrain and sidae")
+    parser.add_argument("--batches", type=int, nargs="+", default=Bench.batches, help="batch sizes of pretrain and sidae")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results, or its subfolder cuda or quick")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -13,20 +13,19 @@ from sidae_lib import figures, runs, train
 from .timing import Row
 
 
-def evaluations(store: Path) -> pd.DataFrame:
-    frame = figures.evaluations(list(runs.every("eval-*", (store,))))
-    return frame.assign(metric=frame.get("metric", "accuracy")).fillna({"metric": "accuracy"})
-
-
 def compare(one: Path, other: Path) -> pd.DataFrame:
     """One row per kind, metric and pair of devices: n evaluations in both stores, median and largest difference."""
-    frames = [evaluations(store) for store in (one, other)]
-    same = frames[0].columns.intersection(frames[1].columns).drop(["accuracy", "hardware"])
-    both = frames[0].merge(frames[1], on=[*same], suffixes=("", " other"))
-    both = both[both["metric"].isin(["accuracy", "top3", "knn"]) & (both["hardware"] != both["hardware other"])]
+    stores = [{r["key"]: r for r in runs.every("eval-*", (store,))} for store in (one, other)]
+    same = [key for key in stores[0] if key in stores[1]]
+    both, others = (figures.evaluations([store[key] for key in same]) for store in stores)  # row by row the same
+    if both.empty:
+        return both
+    both = both.assign(difference=(both["accuracy"] - others["accuracy"]).abs(), other=others["hardware"],
+                       metric=both["metric"].fillna("accuracy") if "metric" in both else "accuracy")  # fmt: skip
+    both = both[both["metric"].isin(["accuracy", "top3", "knn"]) & (both["hardware"] != both["other"])]
     rows: list[Row] = []
-    for (kind, metric, a, b), part in both.groupby(["kind", "metric", "hardware", "hardware other"], sort=False):
-        d = (part["accuracy"] - part["accuracy other"]).abs()
+    for (kind, metric, a, b), part in both.groupby(["kind", "metric", "hardware", "other"], sort=False):
+        d = part["difference"]
         rows.append({"what": f"{kind}, {metric}", "unit": "points", "median": d.median(), "largest": d.max(), "n": len(d),
                      "hardware": f"{a}, against {b}"})  # fmt: skip
     return pd.DataFrame(rows)

@@ -15,6 +15,7 @@ SIZES = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000, "stl10": 1
 SHOWN = ["scale", "what", "unit", "median", "spread", "largest", "n", "at", "method", "batch", "size", "precision", "mode",
          "ratio", "of", "share", "accuracy", "low", "high", "host_gib", "device_gib", "pairs", "above_mib", "pairs_per_second",
          "seconds_million", "recall"]  # fmt: skip
+MADE_ON = {"hardware": "{}", "cores": "{} cores", "threads": "{} threads", "torch": "torch {}"}
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -88,9 +89,8 @@ def report(folder: Path = HERE / "results") -> str:
                 "devices")  # fmt: skip
     for section in (*sections, *(f"cuda/{name}" for name in sections)):
         if len(table := found(section)):
-            names = [c for c in ("hardware", "cores", "threads", "torch") if c in table]
-            where = "; ".join(sorted({", ".join({"cores": f"{v} cores", "threads": f"{v} threads", "torch": f"torch {v}"}.get(
-                c, str(v)) for c, v in zip(names, row)) for row in table[names].itertuples(index=False)}))  # fmt: skip
+            where = "; ".join(sorted({", ".join(said.format(row[c]) for c, said in MADE_ON.items() if c in row)
+                                      for row in table.to_dict("records")}))  # fmt: skip
             shown = table[[c for c in SHOWN if c in table and not table[c].isna().all()]]
             parts.append(f"### `{section}` ({where})\n\n{markdown(shown)}")
     return "\n\n".join(parts)
