@@ -36,7 +36,7 @@ def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, C
         return []
     own, cuda = train.Run(config, images, bench.device).mode, bench.device.type == "cuda"
     out, limits, ours = [], {}, None
-    every = (("fp32", ("eager",)), ("bf16", ("eager", "step", "graphs"))) if cuda else (
+    every = (("fp32", ("eager",)), ("bf16", ("eager", "step", "views graph"))) if cuda else (
         ("fp32", (own,) if bench.quick else ("eager", "views", "step")), ("bf16", (own,)))  # fmt: skip
     if cuda:
         config = config.replace(precision="bf16")
@@ -44,7 +44,7 @@ def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, C
         run = config.replace(precision=precision)
         info = {"data": images.name, "method": run.method, "batch": run.batch, "precision": precision}
         for mode in modes:
-            whole = "step" if mode in ("step", "graphs") else "eager"  # the step alone has no views to compile
+            whole = "step" if mode == "step" else "eager"  # the step alone has no views to compile
             if (precision, whole) not in limits:
                 build = partial(c.alone, bench, run, images, whole == "step")
                 limits[precision, whole] = Contender("step alone", build, info=info | {"mode": whole})

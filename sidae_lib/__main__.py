@@ -4,7 +4,8 @@ import argparse
 import os
 import signal
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,10 @@ def _run(args: argparse.Namespace) -> None:
     configs, evals = build(args.scale, datasets=args.datasets or (), seeds=seeds)
     if args.kinds:
         evals = [e for e in evals if e.kind in args.kinds]
+    if args.methods:
+        configs, evals = [c for c in configs if c.method in args.methods], [e for e in evals if e.run.method in args.methods]
+    if args.bundle:
+        os.environ["SIDAE_BUNDLE"] = str(args.bundle.resolve())  # inherited by the processes of --jobs
     if args.plan:
         return _plan([*configs, *evals], args.plan, args.rate)
     with _cluster(args) as client:
@@ -67,6 +72,25 @@ def _list(args: argparse.Namespace) -> None:
                       + (f", {training} runs to train, {time}" if left else ""))
             except SidaeError as e:
                 print(f"  {name:24s} {e}")
+
+
+def _adopt(args: argparse.Namespace) -> None:
+    smoke = {c.key() for needs in _needs("smoke").values() for c in needs}
+    new = {key for source in args.sources for key in runs.adopt(source, smoke)}
+    for scale in [s for s in experiments.SCALES if s != "smoke"] if new else []:
+        for name, needs in _needs(scale).items():
+            if found := sum(c.key() in new for c in needs):
+                print(f"{name} at scale {scale}: {found} new records; draw its figures anew "
+                      f"(./run_all.sh {scale} --only NOTEBOOK) and run `python -m sidae_lib readme`.")
+
+
+def _needs(scale: str) -> dict[str, list[runs.Config]]:
+    """Figure -> all that it needs at a scale, where its image sets are there or known."""
+    out = {}
+    for name, build in experiments.FIGURES.items():
+        with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
+            out[name] = [c for part in build(scale) for c in part]
+    return out
 
 
 def readme(text: str) -> str:
@@ -124,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
     run.add_argument("--kinds", nargs="+", metavar="KIND", choices=evaluate.KINDS, help="only evaluations of these kinds: "
                      + ", ".join(evaluate.KINDS))
+    run.add_argument("--methods", nargs="+", metavar="NAME", choices=methods.METHODS, help="only runs of these methods")
+    run.add_argument("--bundle", type=Path, metavar="FILE", help="also append every record made in this call to one file")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
     run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
@@ -135,6 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     show = commands.add_parser("list", help="figures, what is recorded and what is missing")
     show.add_argument("--scale")
     show.set_defaults(call=_list, data=None)
+    adopt = commands.add_parser("adopt", help="file finished records of a store or a bundle under records/")
+    adopt.add_argument("sources", nargs="+", type=Path, metavar="STORE|FILE")
+    adopt.set_defaults(call=_adopt, data=None)
     commands.add_parser("readme", help="write the README's tables anew from the records").set_defaults(call=_readme, data=None)
     args = parser.parse_args(argv)
     if args.data:

@@ -273,6 +273,7 @@ class EvalConfig(_Config):
     label_count: int = 0  # number of labels instead of a share; 0 = use `labels`
     label_seed: int = 0
     seed: int = -1  # classifier's initialisation and order; -1 = the run's
+    repeats: int = 1  # linear: probes of so many seeds on the same features, since where its constant rate ends is chance
     score_on: Literal["test", "val", "part"] = "test"  # val: 20 % of the chosen labels are held out and scored instead
     # part, report only: fitted on 80 % of the test images, scored on the rest, as the student report did
     fold: int = -1  # open: STL-10's full 5,000 training images; 0 to 9 = one predefined fold
@@ -301,7 +302,11 @@ class EvalConfig(_Config):
         for name, asked, own in (("epoch", -1, run.epochs), ("seed", -1, run.seed), ("data", run.data, "")):
             if getattr(self, name) == asked:
                 object.__setattr__(self, name, own)
-        self._ranges(positive=("fit_epochs", "k", "tau", "C", "points", "perplexity"), not_negative=("backbone_lr",))
+        self._ranges(positive=("fit_epochs", "k", "tau", "C", "points", "perplexity", "repeats"),
+                     not_negative=("backbone_lr",))  # fmt: skip
+        cached = (self.kind, self.augment, self.bn) == ("linear", "none", "eval")
+        self._require(self.repeats == 1 or cached and self.repeats < 256, f"repeats is for kind linear on cached features, at "
+                      f"most 255, not {self.repeats} of kind {self.kind}.")  # fmt: skip
         self._require(0 <= self.epoch <= run.epochs,
                       f"epoch must lie in 0 to {run.epochs}, the length of its run, got {self.epoch}.")  # fmt: skip
         self._require(-1 <= self.fold <= 9, f"fold must lie in 0 to 9, or be -1 for all, got {self.fold}.")

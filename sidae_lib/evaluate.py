@@ -1,8 +1,10 @@
 """What a backbone is worth: linear probe, logistic regression, kNN, fine-tuning. One record per evaluation."""
 
+import base64
 import copy
 import hashlib
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from . import augment, networks, pairs
 from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
-from .train import batches, lr_at, provenance, seeded
+from .step import Captured
+from .train import batches, lr_at, provenance, seeded, sha256
 
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
@@ -54,17 +57,19 @@ def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
 
 
 def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callable[[Tensor, dict[str, Tensor]], Tensor],
-         backbone: Iterable[nn.Parameter] = ()) -> nn.Linear:  # fmt: skip
+         backbone: Iterable[nn.Parameter] = (), seed: int | None = None) -> nn.Linear:  # fmt: skip
     """The paper's downstream training, Sec. 4.1: SGD on the cross-entropy of one fully connected layer on what `embed`
-    makes of (indices into y, their augmentation parameters); those of `backbone` that want a gradient move too."""
-    with seeded(config.seed):
+    makes of (indices into y, their augmentation parameters); those of `backbone` that want a gradient move too. seed: of the
+    layer and the order, the config's own unless given."""
+    seed = config.seed if seed is None else seed
+    with seeded(seed):
         fc = nn.Linear(width, classes).to(y.device)
     groups = [{"params": list(p), "lr": lr, "base": lr}
               for p, lr in ((fc.parameters(), config.lr), (backbone, config.backbone_lr))]  # fmt: skip
     optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
     bounds = batches(len(y), config.batch, config.keep_last) or [(0, len(y))]
     for epoch in range(config.fit_epochs):
-        generator = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(y), generator=generator).to(y.device)
         draws, _ = augment.VIEWS[config.augment].draw(len(y), config.run.size, generator)
         draws = {k: v.to(y.device) for k, v in draws.items()}
@@ -76,6 +81,50 @@ def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callabl
             F.cross_entropy(fc(embed(order[a:b], {k: v[a:b] for k, v in draws.items()})), y[order[a:b]]).backward()
             optimizer.step()
     return fc
+
+
+def _probes(config: EvalConfig, bank: Tensor, y: Tensor, classes: int) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of config.repeats probes on features (N, F), of other seeds but else alike: one after the other on a
+    CPU; on a GPU, where a step of one is all waiting, side by side and each step one launch."""
+    seeds = [config.seed + 1000 * r for r in range(config.repeats)]
+    if bank.device.type != "cuda":
+        fits = [_fit(config, y, classes, bank.shape[1], lambda rows, _: bank[rows], seed=s) for s in seeds]
+        return [(fc.weight, fc.bias) for fc in fits]
+    return _side_by_side(config, bank, y, classes, seeds)
+
+
+def _side_by_side(config: EvalConfig, bank: Tensor, y: Tensor, classes: int, seeds: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """As `_fit` on cached features for every seed: R classifiers as one product per step."""
+    own = []
+    for seed in seeds:
+        with seeded(seed):
+            own.append(nn.Linear(bank.shape[1], classes))
+    weight, bias = (nn.Parameter(torch.stack([getattr(fc, k).detach() for fc in own]).to(y.device))
+                    for k in ("weight", "bias"))  # (R, C, F), (R, C)
+    optimizer = torch.optim.SGD([weight, bias], momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    bounds = batches(len(y), config.batch, config.keep_last) or [(0, len(y))]
+    steps, R = config.fit_epochs * len(bounds), len(seeds)
+    order = torch.zeros(R, len(y), dtype=torch.long, device=y.device)
+    rates = torch.tensor([lr_at(n, steps, config.lr, config.schedule) for n in range(steps)], device=y.device)
+    at, lr, whole = torch.tensor(0, device=y.device), rates[0].clone(), torch.arange(config.batch, device=y.device)
+
+    def step(place: Tensor) -> None:
+        lr.copy_(rates.take(at))
+        rows = order.index_select(1, place)  # (R, B)
+        scores = torch.baddbmm(bias[:, None], bank[rows], weight.mT)  # (R, B, C)
+        optimizer.zero_grad()
+        (F.cross_entropy(scores.flatten(0, 1), y[rows].flatten()) * R).backward()  # each the mean over its own batch
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        at.add_(1)
+
+    launch = Captured(lambda: step(at % len(bounds) * config.batch + whole), y.device)
+    for epoch in range(config.fit_epochs):
+        generators = (torch.Generator().manual_seed(epoch_seed(seed, epoch)) for seed in seeds)
+        order.copy_(torch.stack([torch.randperm(len(y), generator=g) for g in generators]))
+        for a, b in bounds:
+            launch() if b - a == config.batch else step(torch.arange(a, b, device=y.device))
+    return list(zip(weight.detach(), bias.detach()))
 
 
 def _fit_network(config: EvalConfig, net: nn.Module, images: Tensor, y: Tensor, classes: int, stats: tuple
@@ -108,13 +157,35 @@ def knn(x: Tensor, bank: Tensor, labels: Tensor, classes: int, *, k: int, tau: f
     return torch.cat(out)
 
 
-def _logistic(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor) -> Tensor:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
+    """Classes (M,) that multinomial logistic regression on standardised features gives `test`, on the features' device.
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=config.C, max_iter=1000))
-    return torch.from_numpy(model.fit(x.cpu().numpy(), y.cpu().numpy()).predict(test.cpu().numpy()))
+    x: (N, F) with labels y (N,).  test: (M, F).  Minimised is the mean cross-entropy + |W|^2 / (2 C N), intercepts free,
+    which is scikit-learn's LogisticRegression; as there L-BFGS, and of two classes one weight vector.
+    """
+    from scipy.optimize import minimize
+
+    seen, y = y.unique(return_inverse=True)
+    N, F_, K = *x.shape, len(seen)
+    std, mean = torch.std_mean(x.double(), 0, correction=0)
+    std = torch.where(std > 10 * torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)  # a constant feature stays one
+    x, test = (((v - mean) / std).to(x.dtype) for v in (x, test))
+    penalty, rows = 1 / ((C if K > 2 else C / 2) * N), torch.arange(N, device=x.device)
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        W = torch.from_numpy(flat).view(F_ + 1, K).to(x.device)
+        log_p = torch.log_softmax((x @ W[:-1].to(x.dtype)).double() + W[-1], 1)
+        g = log_p.exp()
+        g[rows, y] -= 1
+        gradient = torch.cat([(x.mT @ (g / N).to(x.dtype)).double() + penalty * W[:-1], g.mean(0, keepdim=True)])
+        value = penalty / 2 * W[:-1].square().sum() - log_p[rows, y].mean()
+        both = torch.cat([value.view(1), gradient.flatten()]).cpu().numpy()  # one look at the device
+        return both[0], both[1:]
+
+    found = minimize(loss, np.zeros((F_ + 1) * K), jac=True, method="L-BFGS-B",
+                     options={"maxiter": 1000, "maxls": 50, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps})  # fmt: skip
+    W = torch.from_numpy(found.x).view(F_ + 1, K).to(x.device)
+    return seen[((test @ W[:-1].to(x.dtype)).double() + W[-1]).argmax(1)]
 
 
 def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
@@ -185,9 +256,16 @@ def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tens
     return *(torch.from_numpy(v) for v in (predicted, y_scored, y_fit)), out
 
 
+def how_often_right(record: dict[str, Any]) -> np.ndarray:
+    """(N,) of a record's test images, in their order: in how many of its repeats each was classified rightly."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(record["right"])), np.uint8)
+
+
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
     """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows. Kind `pairs` mines
-    among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end.
+    among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end. With
+    repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the last epoch `right` says of
+    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it).
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
@@ -235,10 +313,11 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     elif config.kind in ("knn", "tsne"):
         predicted = knn(embed(x_test), embed(x), y, classes, k=config.k, tau=config.tau).argmax(1)
     elif config.kind == "logistic":
-        predicted = _logistic(config, embed(x), y, embed(x_test)).to(device)
+        predicted = logistic(embed(x), y, embed(x_test), config.C)
+        extra["solver"] = "L-BFGS"
     elif config.kind == "linear" and (config.augment, config.bn) == ("none", "eval"):
-        bank = embed(x)
-        predicted = _fit(config, y, classes, net.out_features, lambda rows, _: bank[rows])(embed(x_test)).argmax(1)
+        found = _probes(config, embed(x), y, classes)
+        predicted = torch.stack([F.linear(embed(x_test), *probe).argmax(1) for probe in found])  # (repeats, N)
     else:
         changes = config.kind == "finetune" or config.bn == "train"  # then it is a copy that changes
         model = _fit_network(config, copy.deepcopy(net) if changes else net, x, y, classes, stats)
@@ -251,12 +330,20 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         if not torch.equal(v, before[k]):
             raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
 
-    confusion = torch.bincount(y_test * classes + predicted, minlength=classes**2).view(classes, classes).cpu().numpy()
+    predicted = predicted.view(-1, len(y_test))
+    confusion = torch.bincount((y_test * classes + predicted).flatten(), minlength=classes**2).view(classes, classes)
+    confusion = confusion.cpu().numpy()  # of all repeats together
     per_class = 100 * confusion.diagonal() / np.maximum(confusion.sum(1), 1)
+    right = predicted == y_test  # (repeats, N)
+    each = [round(v, 4) for v in (100 * right.double().mean(1)).tolist()]
+    if config.repeats > 1:
+        extra["each"] = each
+    if config.epoch == config.run.epochs and config.score_on == "test" and config.kind not in ("pairs", "tsne"):
+        extra["right"] = base64.b64encode(zlib.compress(right.sum(0).byte().cpu().numpy().tobytes(), 9)).decode()
     return {
         "config": config.to_dict(), "key": config.key(), "run_key": config.run.key(), "epoch": config.epoch,
         "kind": config.kind, "data": {"name": images.name, "display": images.display},
-        "accuracy": round(100 * (predicted == y_test).double().mean().item(), 4),
+        "backbone": sha256(weights.read_bytes()), "accuracy": round(100 * right.double().mean().item(), 4),
         "per_class": [round(float(v), 4) for v in per_class], "confusion": confusion.tolist(),
         "classes": list(images.classes), "n_train": len(y), "n_test": len(y_test),
         "seconds": round(time.perf_counter() - began, 3), "provenance": provenance(device), **extra,

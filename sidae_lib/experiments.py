@@ -32,6 +32,7 @@ class Scale:
     pictured: int = 1000  # points on a map
     weights: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)  # w of Figure 4
     transfer: tuple[str, ...] = ("photos", "digits", "photos")  # pre-training set, then those that are classified
+    repeats: int = 1  # classifier seeds of an SGD probe
 
 
 _SMALL = {"backbone": "small_cnn", "dim": 64, "hidden": 64, "pred_hidden": 16, "decoder": 64, "splits": 2,
@@ -54,7 +55,8 @@ SCALES: dict[str, Scale] = {
     # the paper's protocol, all of it
     "paper": Scale(("mnist", "fashion_mnist", "cifar10"), (0, 1, 2, 3, 4), (1.0, 0.01),
                    dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "stl10", "tinyimagenet32"), 200), 8,
-                   {"precision": "bf16"}, weights=tuple(k / 10 for k in range(11)), transfer=("stl10", "stl10", "cifar10")),
+                   {"precision": "bf16"}, weights=tuple(k / 10 for k in range(11)), transfer=("stl10", "stl10", "cifar10"),
+                   repeats=5),
 }  # fmt: skip
 # What sets a method apart from the defaults on CIFAR-10, lr at batch 512: the MoCo demo's for MoCo, else the heads and the
 # rate (0.06 at batch 128) of lightly's CIFAR-10 benchmark; smaller scales cap the heads at their `hidden`. VICReg's rate is
@@ -141,7 +143,7 @@ def pretrained(dataset: str, scale: str, seed: int, *, on: Sequence[str] = ("",)
     for target in on:
         known = target and data.identify(target)
         for labels, k in zip(s.labels, s.neighbours):
-            own = {"knn": {"k": k}, "finetune": {"fit_epochs": s.supervised_epochs}}
+            own = {"knn": {"k": k}, "finetune": {"fit_epochs": s.supervised_epochs}, "linear": {"repeats": s.repeats}}
             evals += [EvalConfig(run=r, kind=kind, epoch=epoch, data=known, labels=labels, **own.get(kind, {}))
                       for r in runs for epoch in checkpoints(r, points or s.points) for kind in kinds]
     return runs, evals
@@ -183,8 +185,8 @@ def w_sweep(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ())
         other = s.weights if scale == "paper" else s.weights[1:-1]
         scaled = [weighted(w, dataset, scale, seed, target="unit") for w in other
                   if w < 1 and (scale == "paper" or seed == seeds[0])]
-        parts.append((runs + scaled, [EvalConfig(run=r, labels=labels, score_on=on) for r in runs + scaled
-                                      for labels in s.labels for on in ("test", "val")]))
+        parts.append((runs + scaled, [EvalConfig(run=r, labels=labels, score_on=on, repeats=s.repeats)
+                                      for r in runs + scaled for labels in s.labels for on in ("test", "val")]))
     return _joined(*parts)
 
 
@@ -306,7 +308,7 @@ def semantic_pairs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int
         for r in mine:
             points = checkpoints(r, s.points if r.method in main else 1)
             evals += [EvalConfig(run=r, kind="logistic", labels=s.labels[0], epoch=e) for e in points]
-            evals += [EvalConfig(run=r, kind="linear", labels=s.labels[0]),
+            evals += [EvalConfig(run=r, kind="linear", labels=s.labels[0], repeats=s.repeats),
                       EvalConfig(run=r, kind="knn", labels=s.labels[0], k=s.neighbours[0])]  # fmt: skip
             compared = r.method in main and r.pairs in ("none", "mined") and r.seed in several[:fewer]
             if compared and r not in mine[-len(shares) :]:  # Tables 4 and 5: fine-tuning; transfer, C by validation

@@ -308,7 +308,8 @@ def features(net: Callable[[Tensor], Tensor], images: Tensor, *, stats: tuple, d
     """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std)."""
     mean, std = (torch.tensor(s, device=device).view(-1, 1, 1) for s in stats)
     chunks = (c.to(device) for c in images.split(batch))
-    return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # float32 on a GPU too
+        return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -43,18 +43,26 @@ def backbone(run: RunConfig, epoch: int | None = None) -> Path:
     return folder(run) / train.backbone_name(run.epochs if epoch is None else epoch)
 
 
+def _parsed(text: str) -> Record:
+    """The record that a text is; an error of many kinds where it is none, or not what was written."""
+    if len(text) > RECORD_BYTES or LONG.search(text):
+        raise ValueError
+    record = json.loads(text)
+    check = digest({k: v for k, v in record.items() if k != "check"})  # raises for NaN and infinity too
+    if digest(record["config"])[:16] != record["key"] or record.get("check", check) != check:
+        raise ValueError
+    return record
+
+
 def read(path: Path) -> Record:
     """One record file. Raises train.Damaged when it is not JSON of finite numbers, not a record of the key it is filed
     under, not of the config that has this key, or not what was written (records since 0.1 hold a checksum)."""
     try:
-        if path.stat().st_size > RECORD_BYTES or LONG.search(text := path.read_text()):
+        if path.stat().st_size > RECORD_BYTES:
             raise ValueError
-        record = json.loads(text)
+        record = _parsed(path.read_text())
         named = path.name.removeprefix("eval-").removesuffix(".json") if path.name != "record.json" else path.parent.name
-        if record["key"] != named or digest(record["config"])[:16] != named:
-            raise ValueError
-        check = digest({k: v for k, v in record.items() if k != "check"})  # raises for NaN and infinity too
-        if record.get("check", check) != check:
+        if record["key"] != named:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise train.Damaged(f"The record {path} is damaged; move it away and it is computed again.", path) from e
@@ -99,8 +107,55 @@ def keep(config: Config, record: Record) -> Record:
     """Files a record, with its checksum; the caller holds the lock."""
     record = {k: v for k, v in record.items() if k != "check"}
     record["check"] = digest(record)
-    train.write(folder(config) / _name(config), json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
+    line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    train.write(folder(config) / _name(config), line)
+    if bundle := os.environ.get("SIDAE_BUNDLE"):  # in one write, so that several processes may share the file
+        file = os.open(bundle, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(file, line + b"\n")
+        os.close(file)
     return record
+
+
+def _offered(source: Path, log: Callable) -> Iterator[Record]:
+    """The records of a store, or of a bundle, a line each. What is damaged (the last line of a stopped machine) is said."""
+    if source.is_dir():
+        yield from every("*", (source,))
+        return
+    for n, text in enumerate(source.read_text().splitlines(), 1):
+        try:
+            yield _parsed(text)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            log(f"Line {n} of {source} is no whole record; it is left out.")
+
+
+def adopt(source: Path, refused: Collection[str] = (), log: Callable = print) -> list[str]:
+    """Files the finished records of a store or a bundle under the published ones; returns the keys that are new there.
+
+    Left out, and said: what is there already, keys in `refused`, and an evaluation of other weights than those of the run
+    that is filed, since all evaluations of a run belong to one trajectory. Raises SidaeError when the source is missing.
+    """
+    if not source.exists():
+        raise SidaeError(f"There is no store or bundle {source}; give the folder of a store or a file that --bundle wrote.")
+    offered = {r["key"]: r for r in _offered(source, log)}
+    new, left = [], defaultdict(int)
+    for key, record in sorted(offered.items(), key=lambda item: "run_key" in item[1]):  # runs first
+        run = record.get("run_key", key)
+        path = paths.records() / run / (f"eval-{key}.json" if "run_key" in record else "record.json")
+        if path.exists():
+            left["there already"] += 1
+        elif key in refused or run in refused:
+            left["of smoke scale"] += 1
+        elif "run_key" in record and not (path.parent / "record.json").exists():
+            left["evaluations of a run that is not recorded"] += 1
+        elif "backbone" in record and record["backbone"] != read(path.parent / "record.json")["files"].get(
+                train.backbone_name(record["epoch"])):  # fmt: skip
+            left["of other weights than the recorded run's"] += 1
+        else:
+            train.write(path, json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
+            new.append(key)
+    log(f"{len(new)} of {len(offered)} records are new in {paths.records()}" +
+        "".join(f"; {n} {why}" for why, n in left.items()) + ".")
+    return new
 
 
 def set_aside(damaged: train.Damaged, log: Callable) -> None:

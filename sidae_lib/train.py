@@ -1,6 +1,8 @@
 """Pre-training: one loop for every method, that can stop at any step and go on as if it had not."""
 
+import base64
 import hashlib
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -29,6 +33,7 @@ from . import __version__, augment, methods, networks, pairs, paths
 from .augment import Params
 from .config import RunConfig, SidaeError, epoch_seed
 from .data import Images, subset
+from .step import Captured
 
 CHECKPOINT_SECONDS = 60.0
 _SEEDING = threading.Lock()
@@ -154,11 +159,13 @@ def seeded(seed: int):
 
 
 def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
-    """`eager`, `views` (augmentation compiled) or `step` (forward pass and loss too): a function of the run and the
-    device type, so that a resumed run decides the same. Compiling costs seconds for the views and about a minute for
-    the step, which only a long run repays (benchmarks/README.md)."""
+    """`eager`, `views` (augmentation compiled) or `step` (forward pass and loss too), each also as `... graph`, one CUDA
+    graph for the whole optimiser step: a function of the run and the device type, so that a resumed run decides the same.
+    Compiling costs seconds for the views and about a minute for the step, which only a long run repays
+    (benchmarks/README.md). A graph holds methods that keep nothing between steps but weights, under plain SGD."""
     if device.type == "cuda":
-        return "step" if steps >= 1000 else "eager"
+        plain = methods.METHODS[config.method].after_step is methods.base.Method.after_step and config.optimizer == "sgd"
+        return "eager" if steps < 1000 else "views graph" if plain else "step"
     return "views" if steps >= 200 and shutil.which(os.environ.get("CXX", "g++")) else "eager"
 
 
@@ -168,10 +175,10 @@ def _unlimited() -> None:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**20
 
 
-def compiled(function: Callable, graphs: bool = False) -> Callable:
-    """`torch.compile` for static shapes, with CUDA graphs where asked."""
+def compiled(function: Callable) -> Callable:
+    """`torch.compile` for static shapes."""
     _unlimited()
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 @lru_cache
@@ -237,16 +244,21 @@ class Run:
         self.support = config.support if "support" in self.method.reads else 0
         self.step, self.sums, self.history, self.seconds = 0, {}, [], 0.0
         self.files: dict[str, str] = {}  # name -> sha256 of each backbone kept so far
+        self.pictures: dict[str, str] = {}  # epoch -> what the decoder makes of eight images, as `strip` writes it
+        self.segments: list[dict[str, Any]] = []  # which machine made which steps
+        self.fixed: tuple[Tensor, *tuple[Params, ...]] | None = None  # a graph's epoch: tensors that stay where they are
         few = subset(len(self.pairs), count=min(256, len(self.pairs)), seed=0)
         self.monitored = self.pairs[few, 0].to(device)  # the images that `monitor` looks at
         self.set_mode(compile_mode(config, device, self.steps))
 
     def set_mode(self, mode: str) -> None:
-        """One of `compile_mode`'s, or `graphs`: the compiled step in CUDA graphs, which benchmarks alone ask for so far."""
+        """One of the modes that `compile_mode` names."""
         self.mode = mode
         _unlimited()  # the views may have been compiled in another task
-        self.view1, self.view2 = (_view(self.config.augment, n, mode == "views") for n in (0, 1))
-        self.compiled = compiled(self.forward, mode == "graphs") if mode in ("step", "graphs") else self.forward
+        self.view1, self.view2 = (_view(self.config.augment, n, mode.startswith("views")) for n in (0, 1))
+        self.compiled = compiled(self.forward) if mode.startswith("step") else self.forward
+        if self.device.type == "cuda":  # the first steps try which kernels are the fastest
+            torch.backends.cudnn.benchmark = mode.endswith("graph")
 
     @torch.no_grad()
     def see(self, xi: Tensor, xj: Tensor, params: tuple[Params, ...], batch: dict[str, Tensor]) -> tuple[tuple, dict]:
@@ -292,7 +304,14 @@ class Run:
                 Path(broken).unlink()
 
     def draw(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
-        """The epoch's order of pairs and the parameters of its views: a function of (seed, epoch) on every device.
+        """`draft` on the run's device."""
+        return self.put(self.draft(epoch))
+
+    def put(self, drafted: tuple[Tensor, *tuple[Params, ...]]) -> tuple[Tensor, *tuple[Params, ...]]:
+        return drafted[0].to(self.device), *({k: v.to(self.device) for k, v in p.items()} for p in drafted[1:])
+
+    def draft(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
+        """The epoch's order of pairs and the parameters of its views, on the CPU: a function of (seed, epoch) alone.
 
         With P semantic pairs an epoch is N of the N + P pairs, so that steps, rates and images seen are those of the run
         without them: pairs take the place of images, none of which is seen more often for it. A weight below 1 draws
@@ -308,11 +327,11 @@ class Run:
             generator, drawn = torch.Generator().manual_seed(epoch_seed(self.config.seed, -2)), len(self.pairs)
             picked = order
         draws = augment.VIEWS[self.config.augment].draw(drawn, self.config.size, generator, self.support)
-        return self.pairs[order].to(self.device), *({k: v[picked].to(self.device) for k, v in p.items()} for p in draws)
+        return self.pairs[order], *({k: v[picked] for k, v in p.items()} for p in draws)
 
-    def samples(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> tuple:
-        """Samples a to b of a drawn epoch, as `see` takes them."""
-        (i, j, *n), params = drawn[0][a:b].unbind(1), tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
+    def samples(self, drawn: tuple[Tensor, *tuple[Params, ...]], rows: slice | Tensor) -> tuple:
+        """These samples of a drawn epoch, as `see` takes them."""
+        (i, j, *n), params = drawn[0][rows].unbind(1), tuple({k: v[rows] for k, v in p.items()} for p in drawn[1:])
         xi = self.images[i]
         batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
         if n:
@@ -322,27 +341,70 @@ class Run:
     def gauges(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> dict[str, float]:
         """The method's gauges on these samples; BatchNorm's statistics, which the look would move, are put back."""
         before = {k: v.clone() for k, v in self.method.named_buffers()}
-        out = {k: v.item() for k, v in self.method.gauges(*self.see(*self.samples(drawn, a, b))).items()}
+        out = {k: v.item() for k, v in self.method.gauges(*self.see(*self.samples(drawn, slice(a, b)))).items()}
         for k, v in self.method.named_buffers():
             v.copy_(before[k])
         return out
 
     def advance(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> None:
         """One optimiser step on samples a to b of a drawn epoch."""
-        out, moments = self._loaded(*self.samples(drawn, a, b))
+        if self.mode.endswith("graph") and b - a == self.config.batch:
+            self._replay(drawn)
+        else:
+            lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
+            self._learn(self.samples(drawn, slice(a, b)), lr)
+        self.step += 1
+        self.method.after_step(self.step / self.steps)
+
+    def _learn(self, samples: tuple, lr: float | Tensor) -> None:
+        """Loss, gradient, optimiser, and the epoch's sums: asks no value of the device."""
+        out, moments = self._loaded(*samples)
         self.rows = moments.pop("rows")
         self.optimizer.zero_grad()
         out["loss"].backward()
-        lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr if group["fixed"] else lr
         self.optimizer.step()
-        self.step += 1
-        self.method.after_step(self.step / self.steps)
         with torch.no_grad():
-            for k, v in {**out, **moments, "n": out["loss"].new_tensor(1.0)}.items():
-                v = v.detach().double() * (b - a if k in (*out, "n") else 1)
-                self.sums[k] = self.sums[k] + v if k in self.sums else v
+            for k, v in {**out, **moments, "n": torch.ones_like(out["loss"])}.items():
+                v = v.detach().double() * (len(samples[0]) if k in (*out, "n") else 1)
+                self.sums[k] = self.sums[k].add_(v) if k in self.sums else v
+
+    def _replay(self, drawn: tuple[Tensor, *tuple[Params, ...]]) -> None:
+        """As `advance`, a whole batch by one launch: where the epoch stands and its rate are read on the device."""
+        if self.fixed is None:
+            self.fixed = tuple({k: v.clone() for k, v in p.items()} if isinstance(p, dict) else p.clone() for p in drawn)
+            rates = [lr_at(n, self.steps, self.config.lr, self.config.schedule, self.config.warmup) for n in range(self.steps)]
+            self.at, self.rates = torch.tensor(0, device=self.device), torch.tensor(rates, device=self.device)
+            self.lr, self.batch = self.rates[0].clone(), torch.arange(self.config.batch, device=self.device)
+            self.launch, self.shown = Captured(self._next, self.device), None
+        if self.shown is not drawn:
+            for own, new in zip(self.fixed, drawn, strict=True):
+                for k in own if isinstance(own, dict) else [...]:
+                    own[k].copy_(new[k])
+            self.at.fill_(self.step)
+            self.shown = drawn
+        self.launch()
+        if self.launch.failed:
+            self.mode = self.mode.removesuffix(" graph")
+
+    def _next(self) -> None:
+        """The step that the counter stands at; a fixed sequence of kernels on fixed tensors."""
+        rows = self.at % len(self.bounds) * self.config.batch + self.batch
+        self.lr.copy_(self.rates.take(self.at))  # indexing by a tensor of no dimension would ask for its value
+        self._learn(self.samples(self.fixed, rows), self.lr)
+        self.at += 1
+
+    @torch.no_grad()
+    def strip(self) -> str:
+        """What the decoder makes of the first eight monitored images, side by side: a PNG in base64; empty without one."""
+        if getattr(self.method, "decoder", None) is None:
+            return ""
+        x = ((self.images[self.monitored[:8]] / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        self.method.eval()
+        y = self.method.decoder(self.method.embed(x)).float()
+        self.method.train()
+        return strip(y * self.std + self.mean if self.config.target == "standardised" else y)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the rest of the run depends on."""
@@ -355,8 +417,11 @@ class Run:
         return out | {f"sums.{k}": v for k, v in self.sums.items()}
 
     def meta(self) -> dict[str, Any]:
+        if self.segments:
+            self.segments[-1]["steps"][1] = self.step
         return {"config": self.config.to_dict(), "key": self.config.key(), "step": self.step, "mode": self.mode,
-                "history": self.history, "seconds": self.seconds, "files": self.files}  # fmt: skip
+                "history": self.history, "seconds": self.seconds, "files": self.files, "pictures": self.pictures,
+                "segments": self.segments}  # fmt: skip
 
     def save(self, path: Path) -> None:
         """A checkpoint, sealed: its metadata hold the sha256 of the same file without that seal."""
@@ -385,6 +450,7 @@ class Run:
             self.step = int(meta["step"])
             self.set_mode(str(meta["mode"]))
             self.history, self.seconds, self.files = list(meta["history"]), float(meta["seconds"]), dict(meta["files"])
+            self.pictures, self.segments = dict(meta.get("pictures", {})), list(meta.get("segments", []))  # since 0.2
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError, IndexError) as e:
             sentence = f"The checkpoint {path} is damaged ({type(e).__name__}); without it the run starts anew."
             raise Damaged(sentence, path) from e
@@ -398,6 +464,17 @@ class Run:
         content = packed(tensors, meta)
         write(folder / backbone_name(epoch), content)
         self.files[backbone_name(epoch)] = sha256(content)
+        if picture := self.strip():
+            self.pictures[str(epoch)] = picture
+
+
+def strip(images: Tensor) -> str:
+    """Images (N, C, S, S) in [0, 1] side by side, as a PNG in base64."""
+    pixels = (255 * images.clamp(0, 1)).round().byte().cpu()
+    rows = pixels.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # (S, N S, C)
+    file = io.BytesIO()
+    Image.fromarray(rows if rows.shape[2] == 3 else rows[..., 0]).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def cost(config: RunConfig, images: Images) -> dict[str, float]:
@@ -413,7 +490,7 @@ def cost(config: RunConfig, images: Images) -> dict[str, float]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run.forward(*run.samples(run.draw(0), *run.bounds[0]))
+        run.forward(*run.samples(run.draw(0), slice(*run.bounds[0])))
     return {"parameters": sum(p.numel() for p in weights), "mib": round(sum(kept.values()) / 2**20, 1)}
 
 
@@ -437,16 +514,23 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
             run = Run(config, images, device)  # an epoch is asked for that was not kept on the way
     if 0 in keep and run.step == 0:
         run.save_backbone(folder, 0)
+    run.segments.append({k: born[k] for k in ("commit", "torch", "device", "threads", "start")} | {"steps": [run.step] * 2})
     if run.steps:
         with _Stop().armed() as stop:
             _loop(run, path, keep, stop, deadline)
+    more: dict[str, Any] = {}
+    if run.pictures:
+        few = images.split(config.split).images[run.monitored[:8].cpu()]
+        more["pictures"] = {"clean": strip(few / 255)} | run.pictures
+    if run.extra is not None:
+        more["pairs"] = pairs.report(run.extra, images.split(config.split).labels)
     return {
         "config": config.to_dict(), "key": config.key(), "data": {"name": images.name, "display": images.display},
         "untrained": untrained, "epochs": run.history,
         "steps": run.steps, "images": sum(b - a for a, b in run.bounds) * config.epochs,
         "seconds": round(run.seconds, 3), "mode": run.mode, "files": dict(sorted(run.files.items())),
-        "provenance": born,
-    } | ({} if run.extra is None else {"pairs": pairs.report(run.extra, images.split(config.split).labels)})  # fmt: skip
+        "provenance": born | {"segments": run.meta()["segments"]}, **more,
+    }  # fmt: skip
 
 
 def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | None) -> None:
@@ -461,8 +545,11 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
         run.save(path)
         saved, checkpointed = time.monotonic(), run.step
 
+    ahead = ThreadPoolExecutor(1)  # a GPU need not wait for the next epoch's draft; on a CPU it would take a core from it
+    coming: Future | None = None
     for epoch in range(run.step // per_epoch, config.epochs):
-        drawn = run.draw(epoch)
+        drawn = run.put(coming.result() if coming else run.draft(epoch))
+        coming = ahead.submit(run.draft, epoch + 1) if device.type == "cuda" and epoch + 1 < config.epochs else None
         for a, b in run.bounds[run.step % per_epoch :]:
             began = time.perf_counter()
             run.advance(drawn, a, b)
@@ -490,22 +577,26 @@ def _finite(run: Run, checkpointed: int) -> None:
     per_epoch = len(run.bounds)
     at = f"epoch {(run.step - 1) // per_epoch + 1}, step {run.step}"
     last = f"the last good checkpoint is step {checkpointed}" if checkpointed else "there is no checkpoint yet"
-    if bad := [k for k, v in run.sums.items() if not v.isfinite().all()]:
+    if bad := _infinite(run.sums):
         raise SidaeError(f"{'loss' if 'loss' in bad else bad[0]} is not finite at {at} of {run.config.method} "
                          f"{run.config.key()}; {last}. Lower lr or check the data.")  # fmt: skip
-    if run.step % per_epoch == 0:
-        for name, p in run.method.named_parameters():
-            if not p.isfinite().all():
-                raise SidaeError(f"Weight {name} is not finite at {at} of {run.config.method} {run.config.key()}; {last}.")
+    if run.step % per_epoch == 0 and (bad := _infinite(dict(run.method.named_parameters()))):
+        raise SidaeError(f"Weight {bad[0]} is not finite at {at} of {run.config.method} {run.config.key()}; {last}.")
+
+
+def _infinite(named: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that hold NaN or infinity, by one look at the device."""
+    finite = torch.stack([v.isfinite().all() for v in named.values()]).tolist()
+    return [name for name, ok in zip(named, finite) if not ok]
 
 
 def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[str, float]) -> None:
     """Turn the sums and gauges into the epoch's line of the record."""
-    epoch, n = run.step // len(run.bounds), run.sums.pop("n")
-    total, square = run.sums.pop("z"), run.sums.pop("zz")
+    epoch, sums = run.step // len(run.bounds), dict(run.sums)
+    n, total, square = (sums.pop(k) for k in ("n", "z", "zz"))
     spread = networks.z_std(total, square, n).item()
-    line = {"epoch": epoch} | {k: (v / n).item() for k, v in run.sums.items()} | {"z_std": spread} | gauges
-    line["lr"] = next(g["lr"] for g in run.optimizer.param_groups if not g["fixed"])  # as the norms: of the last step
+    line = {"epoch": epoch} | {k: (v / n).item() for k, v in sums.items()} | {"z_std": spread} | gauges
+    line["lr"] = float(next(g["lr"] for g in run.optimizer.param_groups if not g["fixed"]))  # as the norms: of the last step
     for name, part in run.method.named_children():
         if grads := [p.grad for p in part.parameters() if p.grad is not None]:
             line[f"grad_{name}"] = torch.nn.utils.get_total_norm(grads).item()
@@ -520,7 +611,8 @@ def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[s
                           f"{1 / math.sqrt(len(total)):.2g}. Check stop-gradient, BatchNorm and lr.", stacklevel=2)  # fmt: skip
     # seven significant digits: those of a float32
     run.history.append({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in line.items()})
-    run.sums = {}
+    for v in run.sums.values():
+        v.zero_()  # where they are: a graph writes to them
     for listener in LISTENERS:
         listener(run.config, run.history)
     bar.set_postfix(loss=f"{line['loss']:.3f}", z_std=f"{spread:.3f}", images_s=f"{line['images_per_second']:.0f}")

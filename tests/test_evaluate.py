@@ -1,6 +1,7 @@
 """Evaluations against slow loops typed here, on a tiny set and a backbone that the library trained and saved."""
 
 import copy
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -12,12 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from test_step import Waits
 from torch import nn
 
-from sidae_lib import evaluate, networks, train
+from sidae_lib import data, evaluate, experiments, networks, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.data import Images, Split, subset
 
@@ -474,3 +477,92 @@ def test_features_are_computed_once_per_checkpoint_and_set(images, weights, trai
                                                                                 images.splits["test"].labels)}})
     measure(darker, trained[SUPERVISED], kind="knn")
     assert seen[5:] == [50]
+
+
+# --- probes side by side, repeats, and what a record says of every image --------------------------------------------
+
+
+def mixture(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (n, 16) and labels of five classes that overlap."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 5, (n,), generator=g)
+    return torch.randn(5, 16, generator=torch.Generator().manual_seed(9))[y] + 0.7 * torch.randn(n, 16, generator=g), y
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_probes_side_by_side_are_probes_one_by_one(schedule):
+    """Of several seeds, with a short last batch: the weights of each alone within 1e-5, and its predictions."""
+    (x, y), (test, _) = mixture(300, 0), mixture(2000, 1)
+    config = EvalConfig(run=RUN, fit_epochs=5, batch=64, repeats=3, seed=4, schedule=schedule)
+    alone = evaluate._probes(config, x, y, 5)
+    together = evaluate._side_by_side(config, x, y, 5, [4, 1004, 2004])
+    for (weight, bias), (own, own_bias) in zip(together, alone, strict=True):
+        torch.testing.assert_close(weight, own.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bias, own_bias.detach(), atol=1e-5, rtol=1e-5)
+        same = (test @ weight.T + bias).argmax(1) == (test @ own.T + own_bias).argmax(1)
+        assert same.double().mean() >= 0.999
+    assert not torch.allclose(together[0][0], together[1][0], atol=1e-2)  # other seeds, other probes
+
+
+def test_a_step_of_probes_asks_the_device_for_nothing(monkeypatch):
+    found = []
+
+    class Watched(evaluate.Captured):
+        def __call__(self):
+            with Waits() as waits:
+                super().__call__()
+            found.extend(waits.found)
+
+    monkeypatch.setattr(evaluate, "Captured", Watched)
+    evaluate._side_by_side(EvalConfig(run=RUN, fit_epochs=1, batch=64, repeats=2), *mixture(300, 0), 5, [0, 1000])
+    assert found == []
+
+
+def test_repeats_are_probes_of_other_seeds(images, weights):
+    """The accuracy is the mean of the list, the first of it is the single probe, the last what its own seed gives alone."""
+    single = measure(images, weights, fit_epochs=2)
+    record = measure(images, weights, fit_epochs=2, repeats=3)
+    assert record["each"][0] == single["accuracy"] and len(record["each"]) == 3 and "each" not in single
+    assert record["each"][2] == measure(images, weights, fit_epochs=2, seed=2000)["accuracy"]
+    assert record["accuracy"] == pytest.approx(sum(record["each"]) / 3, abs=1e-3)
+    assert sum(map(sum, record["confusion"])) == 3 * record["n_test"]
+    with pytest.raises(SidaeError, match="repeats is for kind linear on cached features, at most 255, not 2 of kind knn"):
+        EvalConfig(run=RUN, kind="knn", repeats=2)
+
+
+def test_a_record_says_of_every_image_how_often_it_was_right(images, weights):
+    record = measure(images, weights, fit_epochs=2, repeats=3)
+    right = evaluate.how_often_right(record)
+    assert len(right) == record["n_test"] and right.max() <= 3
+    assert 100 * right.mean() / 3 == pytest.approx(record["accuracy"], abs=1e-3)
+    labels = images.split("test").labels
+    for c, row in enumerate(record["confusion"]):
+        assert right[(labels == c).numpy()].sum() == row[c]
+    assert len(record["right"]) <= 5000
+    assert "right" not in measure(images, weights, fit_epochs=2, score_on="val")  # it is no test image
+
+
+def test_a_record_names_its_backbone(images, weights):
+    assert measure(images, weights, kind="knn")["backbone"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_logistic_regression_is_scikit_learns():
+    """Same predictions on 99.9 % of test images, on three real feature sets (pixels, components, an untrained network), of
+    two classes too, with constant features, strong and weak penalty."""
+    digits, photos = data.load("digits"), data.load("photos")
+    net = networks.backbone(experiments.run("untrained", "photos", "quick")).eval()
+    for images, features in ((digits, "pixels"), (digits, "components"), (photos, "pixels"), (photos, "network")):
+        train_set, test = images.split("train"), images.split("test")
+        x, x_test = (s.images[:, :, ::2, ::2].flatten(1).float() for s in (train_set, test))
+        if features == "components":
+            pca = PCA(20, random_state=0).fit(x.numpy())
+            x, x_test = (torch.from_numpy(pca.transform(v.numpy())) for v in (x, x_test))
+        if features == "network":
+            x, x_test = (networks.features(net, s.images, stats=(images.mean, images.std), device=torch.device("cpu"))
+                         for s in (train_set, test))
+        for C in (0.01, 1.0):
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+            model.fit(x.numpy(), train_set.labels.numpy())
+            theirs = torch.from_numpy(model.predict(x_test.numpy()))
+            ours = evaluate.logistic(x, train_set.labels, x_test, C)
+            assert (ours == theirs).double().mean() >= 0.999, (images.name, features, C)
