@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 SIZES = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000, "stl10": 100_000, "tinyimagenet32": 50_000}
 SHOWN = ["scale", "what", "unit", "median", "spread", "largest", "n", "at", "method", "batch", "size", "precision", "mode",
          "ratio", "of", "share", "accuracy", "low", "high", "host_gib", "device_gib", "pairs", "above_mib", "pairs_per_second",
-         "seconds_million", "recall"]  # fmt: skip
+         "seconds_million", "recall", "processes", "ms_per_step", "images_per_second", "seconds_per_run"]  # fmt: skip
 MADE_ON = {"hardware": "{}", "cores": "{} cores", "threads": "{} threads", "torch": "torch {}"}
 
 
@@ -68,6 +68,8 @@ def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, fl
     rates = {m: pick("floor", "median", method=m, width=64, mode="eager") for m in ("sidae", "simsiam", "dae")}
     hours = paper_hours(rates) if all(rates.values()) else None
     yield "all SidAE figures, paper scale, 5 seeds, hours of pre-training (estimate from the rates)", "-", hours
+    gpu = pick("cuda/step", "seconds_per_run", processes=3)
+    yield "a run of CIFAR-10 at paper scale, one GPU shared by three, s a run", "at most 80", gpu
     yield "two local workers over one, 16 short runs, times", "1.5", pick("scaling", "median", what="two workers over one")
     yield "added to a run by the grid, s", "-", pick("scaling", "median", what="added to a run by the grid")
     clock = paths.ROOT / "figures" / "quick" / "timings.csv"
@@ -86,7 +88,7 @@ def report(folder: Path = HERE / "results") -> str:
                            for v in reached["measured"]]
     parts = [markdown(reached)]
     sections = ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling",
-                "devices")  # fmt: skip
+                "devices", "step")  # fmt: skip
     for section in (*sections, *(f"cuda/{name}" for name in sections)):
         if len(table := found(section)):
             where = "; ".join(sorted({", ".join(said.format(row[c]) for c, said in MADE_ON.items() if c in row)

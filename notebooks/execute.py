@@ -1,7 +1,7 @@
 """Executes notebooks in place as they are committed: `python notebooks/execute.py 01 10`, or all without a number.
 
-Smoke scale, an empty store, no progress bars and no times of day, neighbouring prints joined; beside a notebook's figure
-stands the same one from figures/ at the largest scale there is.
+Smoke scale, an empty store beside the published records, no progress bars and no times of day, neighbouring prints joined;
+beside a notebook's figure stands the same one from figures/ at the larger scales that there are.
 """
 
 import base64
@@ -20,12 +20,13 @@ TAG = "larger-scale"
 
 
 def larger(stem: str) -> str:
-    """Markdown that shows the figure of this name at the largest scale of figures/, or nothing below laptop scale."""
+    """Markdown that shows the figure of this name at the larger scales of figures/, the paper's first, or nothing."""
+    shown = []
     for scale in ("paper", "laptop"):
         if (HERE.parent / "figures" / scale / f"{stem}.png").exists():
             alt = f"{stem.replace('_', ' ')}, the same figure at {scale} scale"
-            return f"The same figure at {scale} scale:\n\n![{alt}](../figures/{scale}/{stem}.png)"
-    return ""
+            shown.append(f"The same figure at {scale} scale:\n\n![{alt}](../figures/{scale}/{stem}.png)")
+    return "\n\n".join(shown)
 
 
 def beside(nb: nbformat.NotebookNode, stem: str) -> None:
@@ -60,7 +61,7 @@ def main(wanted: list[str]) -> None:
         nb = nbformat.read(path, as_version=4)
         beside(nb, path.stem.split("_", 1)[1])
         with tempfile.TemporaryDirectory() as empty:
-            os.environ |= {f"SIDAE_{n}": f"{empty}/{n.lower()}" for n in ("RUNS", "RECORDS", "FIGURES", "DATA")}
+            os.environ |= {f"SIDAE_{n}": f"{empty}/{n.lower()}" for n in ("RUNS", "FIGURES", "DATA")}
             os.environ |= {"TQDM_DISABLE": "1", "PYTHONPATH": str(HERE.parent)}
             os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
             ExecutePreprocessor(timeout=600).preprocess(nb, {"metadata": {"path": str(HERE)}})

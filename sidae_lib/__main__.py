@@ -99,14 +99,16 @@ def readme(text: str) -> str:
     names = [figures.variant(m, 0.5, a) for m, a in (("sidae", ""), ("simsiam", ""), ("dae", ""), ("untrained", ""),
                                                      ("supervised", "none"), ("supervised", "augmented"))]  # fmt: skip
     rows = [f"| data | labels | {' | '.join(names)} | n, scale and hardware |", "|---" * (len(names) + 3) + "|"]
-    for scale in ("laptop", "paper"):
+    for scale in ("paper", "laptop"):
         if found := [published[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in published]:
             table = figures.beside_published(figures.summary(figures.evaluations(found)))
-            for (display, less, n, hardware), part in table.groupby(["display", -table["labels"], "n", "hardware"]):
+            for (display, less), part in table.groupby(["display", -table["labels"]]):
+                n = part["n"].mode().iloc[0]
                 cells = {figures.variant(r.method, r.w, r.augment): r.ours + f"<br>*{r.paper}*" * bool(r.paper)
-                         for r in part.itertuples()}
+                         + f"<br>n = {r.n}" * bool(r.n != n) for r in part.itertuples()}
                 first = [display, f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"]
-                rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {n}, {scale}, {hardware} |")
+                last = f"{n}, {scale}, {figures.distinct(part['hardware'])}"
+                rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {last} |")
     board = ["| claim | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
     same = ["statement", "case", "n", "difference"]  # the student report's runs are of its own size at both scales
     said: set[tuple] = set()

@@ -77,8 +77,9 @@ def _select(only: str | None) -> list[Path]:
 
 
 def _value(text: str) -> Any:
+    """A Python literal; true and false in any case, since the word "false" would count as true."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
     except (SyntaxError, ValueError):  # a bare word is a string
         return text
 

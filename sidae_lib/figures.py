@@ -197,12 +197,14 @@ def small(png: bytes) -> bytes:
 
 
 def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
-    """Figures 3, 5, 6 and 7 from `summary`: one column per set, one row per share of labels, standard-error bands,
-    supervised and untrained as lines; by the paper's own probe also its end points, hollow, at the right edge."""
+    """Figures 3, 5, 6 and 7 from `summary`: one column per set, one row per share of labels (of one set alone side by side),
+    standard-error bands, supervised and untrained as lines; by the paper's own probe also its end points, hollow, at the
+    right edge."""
     sets, shares = list(dict.fromkeys(table["data"])), sorted(set(table["labels"]), reverse=True)
     end = beside_published(table) if kind == "linear" else table[:0].assign(published=0.0, published_se=0.0)
-    with _figure(2.6 * len(sets) + 0.6, 2.1 * len(shares) + 0.7) as fig:
-        axes = fig.subplots(len(shares), len(sets), squeeze=False)
+    high, wide = (len(shares), len(sets)) if len(sets) > 1 else (1, len(shares))
+    with _figure(2.6 * wide + 0.6, 2.1 * high + 0.7) as fig:
+        axes = fig.subplots(high, wide, squeeze=False).reshape(len(shares), len(sets))
         for (row, column), ax in np.ndenumerate(axes):
             part = table[(table["data"] == sets[column]) & (table["labels"] == shares[row])]
             for line in part[(part["of"] == 0) & (part["kind"] == kind) | (part["kind"] == "classifier")].itertuples():
@@ -231,7 +233,7 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:
                 ax.set_ylabel(f"test accuracy (%), {PROBES[kind]}")
-        _legend(fig, axes.flat, 2 * len(sets))
+        _legend(fig, axes.flat, 2 * wide)
     return fig
 
 
@@ -305,7 +307,7 @@ def datasets_table(table: pd.DataFrame) -> Figure:
                             color=COLOURS[line.method], label=None if np.isnan(line.published) else "Published (hollow)")
         names = [f"{d}, {percent(share)}" if p == d else f"{p}\nto {d}, {percent(share)}" for p, d, share in rows]
         ax.set_yticks(range(len(rows)), names)
-        ax.invert_yaxis()
+        ax.set_ylim(len(rows) - 0.6, -0.4)
         ax.set_xlabel("test accuracy (%), SGD probe on the frozen backbone")
         _legend(fig, [ax], 3)
     return fig
