@@ -11,7 +11,7 @@ import pytest
 from dask.system import CPU_COUNT
 
 from sidae_lib import paths
-from sidae_lib.batch import main
+from sidae_lib.batch import _value, main
 from sidae_lib.config import SidaeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,3 +150,9 @@ def test_refuses_before_anything_runs(copy, monkeypatch):
 def test_a_refusal_is_one_line_and_exit_code_2(copy):
     done = batch(copy, "--scale", "huge")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "huge" in done.stderr
+
+
+def test_a_word_that_means_false_is_false():
+    """"false" as a word would count as true, and a figure that was to be shown would be computed."""
+    given = ("false", "False", "TRUE", "0", "[1]", "mnist")
+    assert [_value(v) for v in given] == [False, False, True, 0, [1], "mnist"]

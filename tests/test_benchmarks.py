@@ -151,3 +151,16 @@ def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
     assert row == {"what": "linear, accuracy", "unit": "points", "median": (0.25 + 1.0) / 2, "largest": 1.0, "n": 2,
                    "hardware": "one, 1 thread, against other, 1 thread"}  # fmt: skip
     assert devices.compare(tmp_path / "a", tmp_path / "c").empty  # the same device twice says nothing
+
+
+@pytest.mark.slow
+def test_a_gpus_measurement_runs_at_toy_size(tmp_path):
+    """Two processes of two methods, at last side by side; on a CPU the same path without a graph."""
+    arguments = ["--toy", "--device", "cpu", "--seconds", "0.1", "--processes", "2", "--modes", "eager graph", "--out"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, str(tmp_path / "step.csv")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a graph lies 0.0e+00 of the way moved" in done.stdout  # one thread of a CPU orders its sums
+    table = pd.read_csv(tmp_path / "step.csv")
+    assert list(table["what"]) == ["step", "side by side", "side by side"] and list(table["processes"]) == [1, 1, 2]
+    assert (table["ms_per_step"] * table["images_per_second"] / 1000).round(3).eq(64).all()  # the batch
