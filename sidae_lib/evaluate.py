@@ -20,7 +20,7 @@ from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
 from .step import Captured
-from .train import batches, lr_at, provenance, seeded, sha256
+from .train import batches, lr_at, provenance, seeded, sha256, strip
 
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
@@ -265,7 +265,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows. Kind `pairs` mines
     among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end. With
     repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the last epoch `right` says of
-    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it).
+    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind `tsne` keeps of every query
+    itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the neighbours.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
@@ -324,8 +325,11 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         predicted = features(model, x_test, stats=stats, device=device).argmax(1)
     if config.kind == "tsne":
         extra = picture(config, embed(x_test), embed(x))
-        extra["neighbours"] = [[int(train[j]) for j in row] for row in extra["neighbours"]]
-        extra["labels"] = y_test[extra["points"]].tolist()
+        rows, points = extra["neighbours"], extra["points"]
+        extra["thumbnails"] = [strip(torch.cat([x_test[[query]], x[row]]) / 255) for query, row in zip(points, rows)]
+        extra["near_labels"] = y[torch.tensor(rows)].tolist()
+        extra["neighbours"] = [[int(train[j]) for j in row] for row in rows]
+        extra["labels"] = y_test[points].tolist()
     for k, v in net.state_dict().items():  # SimSiam's sanity check: a frozen backbone is what it was
         if not torch.equal(v, before[k]):
             raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
