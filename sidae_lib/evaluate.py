@@ -20,7 +20,7 @@ from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
 from .step import Captured
-from .train import batches, lr_at, provenance, seeded, sha256
+from .train import batches, lr_at, provenance, seeded, sha256, strip
 
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
@@ -161,7 +161,9 @@ def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     """Classes (M,) that multinomial logistic regression on standardised features gives `test`, on the features' device.
 
     x: (N, F) with labels y (N,).  test: (M, F).  Minimised is the mean cross-entropy + |W|^2 / (2 C N), intercepts free,
-    which is scikit-learn's LogisticRegression; as there L-BFGS, and of two classes one weight vector.
+    which is scikit-learn's LogisticRegression; as there L-BFGS, and of two classes one weight vector. Its variables are those
+    in which the curvature at W = 0 is the identity: correlated features would take hundreds of steps, and scikit-learn at its
+    default tolerance stops short of their optimum.
     """
     from scipy.optimize import minimize
 
@@ -171,21 +173,25 @@ def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     std = torch.where(std > 10 * torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)  # a constant feature stays one
     x, test = (((v - mean) / std).to(x.dtype) for v in (x, test))
     penalty, rows = 1 / ((C if K > 2 else C / 2) * N), torch.arange(N, device=x.device)
+    curvature, Q = torch.linalg.eigh((x.mT @ x).double() / N)
+    scale = (curvature.clamp(min=0) / K + penalty).rsqrt()  # W = Q scale V
+    x, test = ((v @ (Q * scale).to(v.dtype)) for v in (x, test))
+    penalties = penalty * scale.square()[:, None]
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        W = torch.from_numpy(flat).view(F_ + 1, K).to(x.device)
-        log_p = torch.log_softmax((x @ W[:-1].to(x.dtype)).double() + W[-1], 1)
+        V = torch.from_numpy(flat).view(F_ + 1, K).to(x.device)
+        log_p = torch.log_softmax((x @ V[:-1].to(x.dtype)).double() + V[-1], 1)
         g = log_p.exp()
         g[rows, y] -= 1
-        gradient = torch.cat([(x.mT @ (g / N).to(x.dtype)).double() + penalty * W[:-1], g.mean(0, keepdim=True)])
-        value = penalty / 2 * W[:-1].square().sum() - log_p[rows, y].mean()
+        gradient = torch.cat([(x.mT @ (g / N).to(x.dtype)).double() + penalties * V[:-1], g.mean(0, keepdim=True)])
+        value = (penalties * V[:-1].square()).sum() / 2 - log_p[rows, y].mean()
         both = torch.cat([value.view(1), gradient.flatten()]).cpu().numpy()  # one look at the device
         return both[0], both[1:]
 
     found = minimize(loss, np.zeros((F_ + 1) * K), jac=True, method="L-BFGS-B",
-                     options={"maxiter": 1000, "maxls": 50, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps})  # fmt: skip
-    W = torch.from_numpy(found.x).view(F_ + 1, K).to(x.device)
-    return seen[((test @ W[:-1].to(x.dtype)).double() + W[-1]).argmax(1)]
+                     options={"maxiter": 1000, "maxls": 50, "gtol": 1e-6, "ftol": 64 * np.finfo(float).eps})  # fmt: skip
+    V = torch.from_numpy(found.x).view(F_ + 1, K).to(x.device)
+    return seen[((test @ V[:-1].to(x.dtype)).double() + V[-1]).argmax(1)]
 
 
 def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
@@ -265,7 +271,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows. Kind `pairs` mines
     among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end. With
     repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the last epoch `right` says of
-    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it).
+    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind `tsne` keeps of every query
+    itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the neighbours.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
@@ -314,7 +321,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         predicted = knn(embed(x_test), embed(x), y, classes, k=config.k, tau=config.tau).argmax(1)
     elif config.kind == "logistic":
         predicted = logistic(embed(x), y, embed(x_test), config.C)
-        extra["solver"] = "L-BFGS"
+        extra["solver"] = "L-BFGS, whitened"
     elif config.kind == "linear" and (config.augment, config.bn) == ("none", "eval"):
         found = _probes(config, embed(x), y, classes)
         predicted = torch.stack([F.linear(embed(x_test), *probe).argmax(1) for probe in found])  # (repeats, N)
@@ -324,8 +331,11 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         predicted = features(model, x_test, stats=stats, device=device).argmax(1)
     if config.kind == "tsne":
         extra = picture(config, embed(x_test), embed(x))
-        extra["neighbours"] = [[int(train[j]) for j in row] for row in extra["neighbours"]]
-        extra["labels"] = y_test[extra["points"]].tolist()
+        rows, points = extra["neighbours"], extra["points"]
+        extra["thumbnails"] = [strip(torch.cat([x_test[[query]], x[row]]) / 255) for query, row in zip(points, rows)]
+        extra["near_labels"] = y[torch.tensor(rows)].tolist()
+        extra["neighbours"] = [[int(train[j]) for j in row] for row in rows]
+        extra["labels"] = y_test[points].tolist()
     for k, v in net.state_dict().items():  # SimSiam's sanity check: a frozen backbone is what it was
         if not torch.equal(v, before[k]):
             raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")

@@ -162,7 +162,8 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
-    """figures/<scale>/<name>.{svg,png,csv}, stamped with the scale unless it is the paper's; returns the figure."""
+    """figures/<scale>/<name>.{svg,png,csv}, stamped with the scale unless it is the paper's; returns the figure. A figure
+    whose marks are rasterized, as a map of points is, has no svg: it would hold the same pixels."""
     n = sorted(set(table["n"])) if "n" in table else []
     stamp = f"{scale} scale" + ("" if scale == "paper" else ", not the paper's protocol")
     if n:
@@ -179,7 +180,8 @@ def save(fig: Figure, name: str, scale: str, table: pd.DataFrame) -> Figure:
         ax.set_position([round(v, 6) for v in ax.get_position(original=True).bounds])  # type: ignore[arg-type]
     folder = paths.figures(scale)
     write(folder / f"{name}.csv", table.to_csv(index=False).encode())
-    for suffix, metadata in (("svg", {"Date": None}), ("png", None)):
+    pixels = any(c.get_rasterized() for ax in fig.axes for c in ax.collections)
+    for suffix, metadata in (("png", None),) if pixels else (("svg", {"Date": None}), ("png", None)):
         with plt.rc_context(STYLE):
             fig.savefig(content := io.BytesIO(), format=suffix, metadata=metadata)
         write(folder / f"{name}.{suffix}", small(content.getvalue()) if suffix == "png" else content.getvalue())
@@ -351,25 +353,30 @@ def tsne(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def neighbours(record: dict[str, Any], images: data.Images) -> Figure:
+def neighbours(record: dict[str, Any]) -> Figure:
     """From a `tsne` evaluation record: queries of the test split (left) and their nearest training images by cosine of
-    the features; a frame in the class's favour is solid, a wrong one dashed."""
-    test, train = images.split("test"), images.split("train")
-    near = record["neighbours"]
+    the features; a frame in the class's favour is solid, a wrong one dashed. Records before 0.2 hold no thumbnails, so the
+    image set is looked for; raises SidaeError where it is not there."""
+    run, near = RunConfig.from_dict(record["config"]["run"]), record["neighbours"]
+    if "thumbnails" in record:
+        shown, found = [train.unstrip(s) for s in record["thumbnails"]], np.array(record["near_labels"])
+    else:
+        name = record["config"].get("data") or run.data
+        images = data.by_fingerprint(name, size=run.size, channels=run.channels, resize=run.resize)
+        test, bank = images.split("test"), images.split("train")
+        shown = [torch.cat([test.images[[q]], bank.images[row]]) for q, row in zip(record["points"], near)]
+        found = bank.labels[torch.tensor(near)].numpy()
+    right = found == np.array(record["labels"])[: len(near), None]  # (queries, neighbours)
     with _figure(0.62 * (1 + len(near[0])) + 0.3, 0.66 * len(near) + 0.35) as fig:
         axes = fig.subplots(len(near), 1 + len(near[0]), squeeze=False)
-        for row, (query, others) in enumerate(zip(record["points"], near)):
-            shown = [test.images[query], *train.images[others]]
-            same = [None, *(train.labels[others] == test.labels[query]).tolist()]
-            for ax, x, right in zip(axes[row], shown, same):
-                ax.imshow(x.permute(1, 2, 0), interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set(visible=right is not None, color="#0072B2" if right else "#D55E00", lw=1.6,
-                                 ls="-" if right else "--")
+        for (row, column), ax in np.ndenumerate(axes):
+            ax.imshow(shown[row][column].permute(1, 2, 0), interpolation="nearest")
+            good = column and right[row, column - 1]
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(visible=column > 0, color="#0072B2" if good else "#D55E00", lw=1.6, ls="-" if good else "--")
         axes[0, 0].set_title("query", fontsize=6)
-        method = RunConfig.from_dict(record["config"]["run"]).method
-        hits = np.mean([train.labels[j].item() == test.labels[q].item() for q, o in zip(record["points"], near) for j in o])
-        fig.suptitle(f"{NAMES[method]}: {100 * hits:.0f} % of the neighbours of the query's class", fontsize=7)
+        fig.suptitle(f"{NAMES[run.method]}: {100 * right.mean():.0f} % of the neighbours of the query's class\n"
+                     f"images: {record['data']['display']}", fontsize=7)
     return fig
 
 

@@ -70,7 +70,8 @@ def scoreboard(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
     """Every published number that the evaluations speak to, and every claim that they decide or leave open, a row each.
 
     frame: `figures.evaluations` of one scale's records. A number has ours, n, se, published, difference and, where the two
-    are comparable, z = difference / sqrt(se^2 + published_se^2). A claim has a row per case: the mean difference over
+    are comparable, z = difference / sqrt(se^2 + published_se^2); beside its verdict stands whether a copy of the data, such
+    as re-compressed images, gave it. A claim has a row per case: the mean difference over
     seeds in points, positive as claimed, its 95 % interval and the verdict.
     """
     frame = frame[frame["scored"] == "test"]
@@ -101,9 +102,8 @@ def _comparable(row: Any, scale: str) -> str:
         return "not comparable: suspect cell"
     if scale != "paper":
         return f"not comparable: {scale} scale"
-    if "copy" in row.display:
-        return "not comparable: data copy"
-    return "undecided" if not abs(row.z) < np.inf else "agrees" if abs(row.z) <= 2 else "above" if row.z > 0 else "below"
+    verdict = "undecided" if not abs(row.z) < np.inf else "agrees" if abs(row.z) <= 2 else "above" if row.z > 0 else "below"
+    return verdict + ", data copy" * ("copy" in row.display)
 
 
 def _claims(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:

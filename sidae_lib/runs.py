@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -128,33 +128,75 @@ def _offered(source: Path, log: Callable) -> Iterator[Record]:
             log(f"Line {n} of {source} is no whole record; it is left out.")
 
 
+def _weights(records: Iterable[Record]) -> set[tuple[str, str]]:
+    """(file name, sha256) of every backbone that records of one run name: the trajectory they belong to."""
+    out: set[tuple[str, str]] = set()
+    for r in records:
+        out |= {(train.backbone_name(r["epoch"]), r["backbone"])} if "backbone" in r else set(r.get("files", {}).items())
+    return out
+
+
+def _differ(weights: set[tuple[str, str]]) -> bool:
+    """Whether two backbones are named for one epoch."""
+    return len(dict(weights)) < len(weights)
+
+
+def _reach(records: Sequence[Record]) -> tuple[bool, str]:
+    """How far a run has come by its records: finished or not, then the last backbone that they name."""
+    return any("run_key" not in r for r in records), max(dict(_weights(records)), default="")
+
+
+def _fitting(offer: list[Record], filed: list[Record]) -> tuple[list[Record], bool]:
+    """Of the records that are offered of one run those that are known to be of the filed ones' trajectory. True: they are
+    of another, which came further, and take the place of all that is filed."""
+    if own := [r for r in offer if "run_key" not in r]:
+        offer = [r for r in offer if _weights([r]) <= _weights(own)]
+    a, b = _weights(filed), _weights(offer)
+    if _differ(b):
+        return [], False
+    if _differ(a | b) and _reach(offer) > _reach(filed):
+        return offer, True
+    old, new = ({w for w in weights if w[0] != train.backbone_name(0)} for weights in (a, b))  # epoch 0 is no training yet
+    same = not _differ(a | b) and bool(old & new or not old or not new)
+    finished = own or _reach(filed)[0]  # evaluations before 0.2 name no weights: their run's record must stand for them
+    return [r for r in offer if (same or w <= a if (w := _weights([r])) else same and finished)], False
+
+
 def adopt(source: Path, refused: Collection[str] = (), log: Callable = print) -> list[str]:
     """Files the finished records of a store or a bundle under the published ones; returns the keys that are new there.
 
-    Left out, and said: what is there already, keys in `refused`, and an evaluation of other weights than those of the run
-    that is filed, since all evaluations of a run belong to one trajectory. Raises SidaeError when the source is missing.
+    All records of a run belong to one trajectory, which the sha256 of its backbones name. Evaluations may come before their
+    run's record, and later ones join them where they agree on an epoch that was trained. Of two trajectories the one that
+    came further stays, whole, and of two that came as far the one that is filed. Left out, and said: what is there already,
+    keys in `refused`, and what is not known to belong. Raises SidaeError when the source is missing.
     """
     if not source.exists():
         raise SidaeError(f"There is no store or bundle {source}; give the folder of a store or a file that --bundle wrote.")
-    offered = {r["key"]: r for r in _offered(source, log)}
+    offered: dict[str, dict[str, Record]] = defaultdict(dict)
+    for r in _offered(source, log):
+        offered[r.get("run_key", r["key"])][r["key"]] = r
     new, left = [], defaultdict(int)
-    for key, record in sorted(offered.items(), key=lambda item: "run_key" in item[1]):  # runs first
-        run = record.get("run_key", key)
-        path = paths.records() / run / (f"eval-{key}.json" if "run_key" in record else "record.json")
-        if path.exists():
-            left["there already"] += 1
-        elif key in refused or run in refused:
-            left["of smoke scale"] += 1
-        elif "run_key" in record and not (path.parent / "record.json").exists():
-            left["evaluations of a run that is not recorded"] += 1
-        elif "backbone" in record and record["backbone"] != read(path.parent / "record.json")["files"].get(
-                train.backbone_name(record["epoch"])):  # fmt: skip
-            left["of other weights than the recorded run's"] += 1
-        else:
-            train.write(path, json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
-            new.append(key)
-    log(f"{len(new)} of {len(offered)} records are new in {paths.records()}" +
-        "".join(f"; {n} {why}" for why, n in left.items()) + ".")
+    for run, by_key in sorted(offered.items()):
+        offer = [r for key, r in by_key.items() if key not in refused and run not in refused]
+        left["of smoke scale"] += len(by_key) - len(offer)
+        filed = {p: read(p) for p in sorted((paths.records() / run).glob("*.json"))}
+        fitting, instead = _fitting(offer, list(filed.values()))
+        left["not known to be of the trajectory that is filed"] += len(offer) - len(fitting)
+        if instead:
+            log(f"Two machines made the run {run}: the one that is offered got further, so its {len(fitting)} records take the "
+                f"place of the {len(filed)} that were filed.")
+        for record in fitting:
+            path = paths.records() / run / (f"eval-{record['key']}.json" if "run_key" in record else "record.json")
+            if path in filed and not instead:
+                left["there already"] += 1
+            else:
+                train.write(path, json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
+                new.append(record["key"])
+                filed.pop(path, None)
+        for path in filed if instead else ():
+            path.unlink()
+    log(f"{len(new)} of {sum(map(len, offered.values()))} records are new in {paths.records()}" +
+        "".join(f"; {n} {why}" for why, n in left.items() if n) + ".")
     return new
 
 

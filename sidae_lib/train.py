@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -477,6 +478,13 @@ def strip(images: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def unstrip(text: str) -> Tensor:
+    """What `strip` was given, as pixels: (N, C, S, S) uint8."""
+    rows = torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(text)))))  # (S, N S) or (S, N S, C)
+    S, C = len(rows), rows.shape[2] if rows.ndim == 3 else 1
+    return rows.reshape(S, -1, S, C).permute(1, 3, 0, 2)
+
+
 def cost(config: RunConfig, images: Images) -> dict[str, float]:
     """What one step of a run takes: `parameters` trained, and `mib` that it keeps for its way back, weights left out."""
     run, kept = Run(config, images, torch.device("cpu")), {}
@@ -591,19 +599,24 @@ def _infinite(named: dict[str, Tensor]) -> list[str]:
 
 
 def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[str, float]) -> None:
-    """Turn the sums and gauges into the epoch's line of the record."""
+    """Turn the sums and gauges into the epoch's line of the record. Seconds and images per second are those since the last
+    line that has them."""
     epoch, sums = run.step // len(run.bounds), dict(run.sums)
     n, total, square = (sums.pop(k) for k in ("n", "z", "zz"))
     spread = networks.z_std(total, square, n).item()
     line = {"epoch": epoch} | {k: (v / n).item() for k, v in sums.items()} | {"z_std": spread} | gauges
-    line["lr"] = float(next(g["lr"] for g in run.optimizer.param_groups if not g["fixed"]))  # as the norms: of the last step
-    for name, part in run.method.named_children():
-        if grads := [p.grad for p in part.parameters() if p.grad is not None]:
-            line[f"grad_{name}"] = torch.nn.utils.get_total_norm(grads).item()
-    if epoch in (1, run.config.epochs) or epoch % math.ceil(run.config.epochs / 5) == 0:  # a few times, to cost nothing
+    ends, past = epoch in (1, run.config.epochs), [h for h in run.history if "seconds" in h]
+    seconds = run.seconds - sum(h["seconds"] for h in past)
+    rate = n.item() * (epoch - (past[-1]["epoch"] if past else 0)) / seconds
+    if ends or epoch % math.ceil(run.config.epochs / 5) == 0:  # a few times, to cost nothing
         line |= {"rank": networks.effective_rank(run.rows).item()} | run.monitor()
-    seconds = run.seconds - sum(h["seconds"] for h in run.history)
-    line |= {"seconds": round(seconds, 4), "images_per_second": round(n.item() / seconds, 1)}
+    if run.config.epochs < 100 or ends or epoch % 5 == 0:  # of a long run every fifth time, for room
+        # as the norms: of the last step
+        line["lr"] = float(next(g["lr"] for g in run.optimizer.param_groups if not g["fixed"]))
+        for name, part in run.method.named_children():
+            if grads := [p.grad for p in part.parameters() if p.grad is not None]:
+                line[f"grad_{name}"] = torch.nn.utils.get_total_norm(grads).item()
+        line |= {"seconds": round(seconds, 4), "images_per_second": round(rate, 1)}
     if spread < 0.1 / math.sqrt(len(total)) and not run.method.labels:
         line["collapsed"] = True
         if not any(h.get("collapsed") for h in run.history):
@@ -615,6 +628,6 @@ def _end_epoch(run: Run, folder: Path, keep: set[int], bar: tqdm, gauges: dict[s
         v.zero_()  # where they are: a graph writes to them
     for listener in LISTENERS:
         listener(run.config, run.history)
-    bar.set_postfix(loss=f"{line['loss']:.3f}", z_std=f"{spread:.3f}", images_s=f"{line['images_per_second']:.0f}")
+    bar.set_postfix(loss=f"{line['loss']:.3f}", z_std=f"{spread:.3f}", images_s=f"{rate:.0f}")
     if epoch in keep:
         run.save_backbone(folder, epoch)

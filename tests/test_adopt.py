@@ -2,23 +2,33 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from sidae_lib import __main__, experiments, paths, runs
-from sidae_lib.config import EvalConfig, SidaeError
+from sidae_lib.config import EvalConfig, SidaeError, digest
+
+RUN = experiments.run("sidae", "digits", "smoke")
+CONFIGS = [RUN, *(EvalConfig(run=RUN, kind="knn", labels=0.2, k=5, epoch=e) for e in (-1, 1, 0))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A store with a run and its evaluations at epochs 2, 1 and 0, and the bundle that was written beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("runs", "records", "bundle"):
+            m.setenv(f"SIDAE_{name.upper()}", str(folder / name))
+        runs.fetch_all(CONFIGS, device="cpu", log=lambda line: None)
+    return folder
 
 
 @pytest.fixture
-def made(store, monkeypatch):
-    """A store with a run and two evaluations, and the bundle that was written beside it."""
-    bundle = store / "bundle.jsonl"
-    monkeypatch.setenv("SIDAE_BUNDLE", str(bundle))
-    run = experiments.run("sidae", "digits", "smoke")
-    configs = [run, EvalConfig(run=run, kind="knn", labels=0.2, k=5), EvalConfig(run=run, kind="knn", labels=0.2, k=5, epoch=1)]
-    runs.fetch_all(configs, device="cpu", log=lambda line: None)
-    monkeypatch.delenv("SIDAE_BUNDLE")
-    return configs, bundle
+def made(trained, store):
+    """The configs, with what is `trained` as this test's own store, and its bundle."""
+    shutil.copytree(trained / "runs", paths.runs())
+    return CONFIGS, Path(shutil.copy(trained / "bundle", store / "bundle.jsonl"))
 
 
 def published(config) -> dict:
@@ -28,7 +38,7 @@ def published(config) -> dict:
 def test_a_bundle_holds_what_the_store_holds(made):
     configs, bundle = made
     lines = [json.loads(line) for line in bundle.read_text().splitlines()]
-    assert [r["key"] for r in lines] == [configs[0].key(), configs[2].key(), configs[1].key()]  # as each was finished
+    assert [r["key"] for r in lines] == [configs[n].key() for n in (0, 3, 2, 1)]  # as each was finished
     for config in configs:
         assert runs.find(config) in lines
 
@@ -38,18 +48,18 @@ def test_adopted_records_are_found_without_the_store(made, way):
     configs, bundle = made
     before, said = [runs.find(c) for c in configs], []
     new = runs.adopt(bundle if way == "bundle" else paths.runs(), log=said.append)
-    assert sorted(new) == sorted(c.key() for c in configs) and "3 of 3 records are new" in said[0]
+    assert sorted(new) == sorted(c.key() for c in configs) and "4 of 4 records are new" in said[0]
     shutil.rmtree(paths.runs())
     assert [runs.find(c) for c in configs] == before
-    assert runs.adopt(bundle, log=said.append) == [] and "0 of 3" in said[-1] and "3 there already" in said[-1]
+    assert runs.adopt(bundle, log=said.append) == [] and "0 of 4" in said[-1] and "4 there already" in said[-1]
 
 
 def test_a_line_cut_short_is_left_out_and_said(made):
     configs, bundle = made
     bundle.write_text(bundle.read_text()[:-20])
     said = []
-    assert len(runs.adopt(bundle, log=said.append)) == 2
-    assert said[0].startswith("Line 3 of") and "no whole record" in said[0]
+    assert len(runs.adopt(bundle, log=said.append)) == 3
+    assert said[0].startswith("Line 4 of") and "no whole record" in said[0]
 
 
 @pytest.mark.parametrize("change", [{"accuracy": 99.0}, {"config": {}}, {"key": "0" * 16}])
@@ -58,23 +68,80 @@ def test_a_changed_record_is_left_out(made, change):
     lines = bundle.read_text().splitlines()
     lines[1] = json.dumps(json.loads(lines[1]) | change)
     bundle.write_text("\n".join(lines))
-    assert len(runs.adopt(bundle, log=lambda line: None)) == 2
+    assert len(runs.adopt(bundle, log=lambda line: None)) == 3
 
 
-def test_evaluations_of_other_weights_than_the_filed_run_are_left_out(made):
-    """Two machines made one run: what is filed first stays, whole; the other's evaluations are of another trajectory."""
+@pytest.fixture
+def offer(made):
+    """Adopts these records of a run, `run` and evaluations by epoch, the trained weights those of a machine; returns what is
+    said, and afterwards `filed` what is filed by the machine that made it."""
     configs, bundle = made
-    lines = [json.loads(line) for line in bundle.read_text().splitlines()]
-    for r in lines[1:]:
-        r["backbone"] = "f" * 64
-        r.pop("check")
-    bundle.write_text("\n".join(map(json.dumps, lines)))
-    said = []
-    assert runs.adopt(bundle, log=said.append) == [configs[0].key()]
-    assert "2 of other weights than the recorded run's" in said[-1]
-    bundle.write_text("\n".join(map(json.dumps, lines[1:])))
-    shutil.rmtree(paths.records())
-    assert runs.adopt(bundle, log=said.append) == [] and "2 evaluations of a run that is not recorded" in said[-1]
+    records = {"run": runs.find(configs[0]), **{r["epoch"]: r for r in map(runs.find, configs[1:])}}
+
+    def by(record: dict, machine: str) -> dict:
+        name = lambda sha: sha if machine == "a" else digest([sha, machine])  # noqa: E731
+        out = {k: v for k, v in record.items() if k != "check"}
+        if "backbone" in out:
+            return out | {"backbone": name(out["backbone"]) if out["epoch"] else out["backbone"]}
+        return out | {"files": {k: v if "e000" in k else name(v) for k, v in out["files"].items()}}
+
+    def adopt(*what, machine="a") -> str:
+        said: list[str] = []
+        bundle.write_text("".join(json.dumps(by(records[w], machine)) + "\n" for w in what))
+        runs.adopt(bundle, log=said.append)
+        return " ".join(said)
+
+    def filed() -> dict:
+        found = list(runs.every("*", (paths.records(),)))
+        return {w: next((m for m in "abc" if by(records[w], m) in found), None) for w in records
+                if any(r["key"] == records[w]["key"] for r in found)}  # fmt: skip
+
+    adopt.filed = filed
+    return adopt
+
+
+def test_evaluations_of_other_weights_than_the_filed_run_are_left_out(offer):
+    """Two machines made one run as far: what is filed first stays, and the other's evaluations are of another trajectory."""
+    offer("run")
+    assert "0 of 3" in (said := offer(1, 2, "run", machine="b")) and "3 not known to be of the trajectory" in said
+    assert offer.filed() == {"run": "a"}
+    assert "1 of 1" in offer(0, machine="b")  # untrained weights are the same
+
+
+def test_a_growing_run_is_adopted_time_and_again(offer):
+    """Without its record while it is unfinished, which joins in the end."""
+    for what in ((0,), (0, 1), (1, 2), ("run",)):
+        assert "1 of " in offer(*what)
+    assert offer.filed() == dict.fromkeys(["run", 0, 1, 2], "a")
+
+
+def test_a_later_epoch_alone_tells_no_trajectory(offer):
+    offer(0, 1)
+    assert "0 of 1" in offer(2) and "0 of 2" in offer(0, 2)  # both trajectories begin with the same weights
+    assert offer.filed() == {0: "a", 1: "a"}
+
+
+def test_evaluations_that_name_two_weights_of_one_epoch_are_left_out(made):
+    """Without the run's record nobody knows which are of the training that will finish."""
+    _, bundle = made
+    one = json.loads(bundle.read_text().splitlines()[2])
+    config = EvalConfig.from_dict(one["config"]).replace(k=7)
+    other = one | {"config": config.to_dict(), "key": config.key(), "backbone": "f" * 64}
+    bundle.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "check"}) + "\n" for r in (one, other)))
+    assert runs.adopt(bundle, log=lambda line: None) == []
+
+
+@pytest.mark.parametrize(("first", "then", "stays"), [
+    ((0, 1), (1, 2), "b"), ((0, 1), ("run", 1), "b"), ((0, 1, 2), ("run",), "b"),  # got further, or to the end
+    ((0, 1), (1,), "a"), ((0, 1, 2), (0, 1), "a"), (("run", 1), (0, 1, 2), "a"), (("run",), ("run", 1), "a"),
+])  # fmt: skip
+def test_of_two_machines_the_one_that_got_further_stays_whole(offer, first, then, stays):
+    offer(*first)
+    said = offer(*then, machine="b")
+    kept = dict.fromkeys(then if stays == "b" else (*first, *(w for w in then if w == 0)), stays)
+    assert {w: m for w, m in offer.filed().items() if w != 0} == {w: m for w, m in kept.items() if w != 0}
+    assert (0 in offer.filed()) == (0 in kept)
+    assert (f"take the place of the {len(first)} that were filed" in said) == (stays == "b")
 
 
 def test_the_command_refuses_smoke_scale_and_names_stale_figures(made, capsys):

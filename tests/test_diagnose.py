@@ -142,6 +142,21 @@ def test_few_looks_however_long(tmp_path):
     assert [e["epoch"] for e in record["epochs"] if "knn" in e] == [1, 5, 10, 15, 20, 25]
 
 
+def test_a_long_run_keeps_the_rest_of_a_line_every_fifth_time(tmp_path):
+    """Loss, its terms and z_std stay per epoch; the seconds add up, and the rate is of the epochs since the line before."""
+    config = experiments.run("sidae", "digits", "smoke", epochs=102, pool=64, dim=8, hidden=8, pred_hidden=4, decoder=8)
+    record = trained(config, tmp_path)
+    epochs, rest = record["epochs"], ("lr", "grad_backbone", "grad_decoder", "seconds", "images_per_second")
+    assert all({"epoch", "loss", "l_si", "l_dae", "z_std"} <= e.keys() for e in epochs) and len(epochs) == 102
+    for name in rest:
+        assert [e["epoch"] for e in epochs if name in e] == [1, *range(5, 101, 5), 102]
+    assert [e["epoch"] for e in epochs if "grad_si" in e] == list(range(10, 101, 10))
+    assert [e["epoch"] for e in epochs if "knn" in e] == [1, 21, 42, 63, 84, 102]
+    assert sum(e.get("seconds", 0) for e in epochs) == approx(record["seconds"], abs=0.01)
+    assert epochs[9]["images_per_second"] == approx(5 * 64 / epochs[9]["seconds"], rel=0.02)
+    assert len(figures.diagnose(record).axes[4].lines[0].get_xdata()) == 22
+
+
 def test_a_set_without_labels_has_no_neighbours_to_count(tmp_path):
     images = data.load("digits")
     split = replace(images.splits["train"], labels=None)

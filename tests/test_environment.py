@@ -57,10 +57,11 @@ def test_conda_door_leads_to_the_lock():
 
 @in_git
 def test_tracked_tree_is_small():
-    """A GPU machine that takes 64 MiB a call gets it together with CIFAR-10's training images, 38 MiB."""
+    """A GPU machine that takes 64 MiB a call gets it together with CIFAR-10's training images, 38 MiB; 2 MiB are left for
+    what one change adds."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in names.split("\0") if name]
-    assert sum(f.stat().st_size for f in files if f.exists()) < 20 * 2**20
+    assert sum(f.stat().st_size for f in files if f.exists()) < 18 * 2**20
 
 
 # --- run_all.sh ------------------------------------------------------------------------------------------------------

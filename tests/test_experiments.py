@@ -111,20 +111,38 @@ def test_a_chart_is_drawn_again_from_its_csv(name, store):
         table = figures.summary(frame[frame["kind"].isin(["finetune", "classifier"])] if name == "fine_tuning" else frame)
         table = figures.beside_published(table) if name == "datasets_table" else table
     figures.save(draw(name, table), name, "smoke", table)
-    first = {s: (paths.figures("smoke") / f"{name}.{s}").read_bytes() for s in ("svg", "csv")}
+    first = {s: (paths.figures("smoke") / f"{name}.{s}").read_bytes() for s in ("png" if name == "tsne" else "svg", "csv")}
+    assert (paths.figures("smoke") / f"{name}.svg").exists() == (name != "tsne")  # a map's would hold the same pixels
     again = pd.read_csv(paths.figures("smoke") / f"{name}.csv")
     for _ in range(3):  # the layout's solver gives one of two answers that differ in the last bit
         figures.save(draw(name, again), name, "smoke", again)
         assert all((paths.figures("smoke") / f"{name}.{s}").read_bytes() == b for s, b in first.items())
 
 
-def test_neighbours_are_drawn_from_indices_and_data(store):
+def test_neighbours_are_drawn_from_the_record_or_from_the_data(store, monkeypatch):
+    """The same pixels, frames and words either way; a record of today needs no data, one of before needs them."""
     configs, evals = experiments.tsne("smoke", ["digits"])
     (record,) = runs.fetch_all([e for e in evals if e.run.method == "untrained"], log=lambda _: None)
-    fig = figures.neighbours(record, images := data.load("digits"))
-    panels = fig.axes
-    assert len(panels) == 6 * 6
-    shown = panels[0].images[0].get_array()
-    assert (shown == images.split("test").images[record["points"][0]].permute(1, 2, 0).numpy()).all()
-    shown = panels[7].images[0].get_array()
-    assert (shown == images.split("train").images[record["neighbours"][1][0]].permute(1, 2, 0).numpy()).all()
+    images = data.load("digits")
+    older = {k: v for k, v in record.items() if k not in ("thumbnails", "near_labels")}
+    figs = [figures.neighbours(older)]
+    monkeypatch.setattr(data, "by_fingerprint", None)  # not at hand
+    figs.append(figures.neighbours(record))
+    for fig in figs:
+        assert len(fig.axes) == 6 * 6 and "digits" in fig.get_suptitle()
+        for row, (query, near) in enumerate(zip(record["points"], record["neighbours"])):
+            for column, x in enumerate([images.split("test").images[query], *images.split("train").images[near]]):
+                shown = fig.axes[6 * row + column].images[0].get_array()
+                assert (shown == x.permute(1, 2, 0).numpy()).all()
+            same = images.split("train").labels[near] == images.split("test").labels[query]
+            styles = [fig.axes[6 * row + k].spines["left"].get_linestyle() for k in range(1, 6)]
+            assert styles == ["-" if right else "--" for right in same]
+        hits = [(images.split("train").labels[n] == images.split("test").labels[q]).float().mean().item()
+                for q, n in zip(record["points"], record["neighbours"])]  # fmt: skip
+        assert f"{100 * sum(hits) / 6:.0f} % of the neighbours" in fig.get_suptitle()
+
+
+def test_a_figure_shows_few_of_a_sets_images():
+    """At most 200 in all: of each network's record six queries with five neighbours each."""
+    for scale in ("laptop", "paper"):
+        assert 36 * len(experiments.tsne(scale)[1]) <= 200

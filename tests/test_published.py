@@ -127,12 +127,19 @@ def test_a_figures_end_points_are_those_of_the_same_pre_training_set():
     assert titles == ["CIFAR-10, 100 % of labels", "STL-10 to\nCIFAR-10, 100 % of labels"]
 
 
-@pytest.mark.parametrize("scale, display, data, why", [
-    ("laptop", "CIFAR-10", "cifar10", "laptop scale"), ("paper", "CIFAR-10 (JPEG copy)", "cifar10", "data copy")])
-def test_what_is_not_comparable_gets_no_z(scale, display, data, why):
-    rows = [row("sidae", s, 52.0 + s, display=display, pretrain=display) for s in range(3)]
-    value = published.scoreboard(pd.DataFrame(rows), scale).iloc[0]
-    assert value["verdict"] == f"not comparable: {why}" and np.isnan(value["z"]) and value["difference"] == 1.33
+def test_another_scale_is_not_comparable_and_gets_no_z():
+    rows = [row("sidae", s, 52.0 + s) for s in range(3)]
+    value = published.scoreboard(pd.DataFrame(rows), "laptop").iloc[0]
+    assert value["verdict"] == "not comparable: laptop scale" and np.isnan(value["z"]) and value["difference"] == 1.33
+
+
+@pytest.mark.parametrize("accuracy, says", [(72.0, "above"), (51.0, "agrees"), (32.0, "below")])
+def test_a_copy_of_the_data_has_difference_and_z_and_says_so(accuracy, says):
+    rows = [[row("sidae", s, accuracy + s, display="CIFAR-10" + copy, pretrain="CIFAR-10" + copy) for s in range(3)]
+            for copy in ("", " (JPEG copy)")]  # fmt: skip
+    value, copy = (published.scoreboard(pd.DataFrame(r), "paper").iloc[0] for r in rows)
+    assert value["verdict"] == says and copy["verdict"] == f"{says}, data copy"
+    assert (copy["difference"], copy["z"]) == (value["difference"], value["z"]) and np.isfinite(copy["z"])
 
 
 def test_the_suspect_cells_are_no_targets():

@@ -1,5 +1,7 @@
 """The training loop: the same bits however often it is stopped, and a stop that says where."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -9,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sidae_lib import augment, data, experiments, methods, train
@@ -137,6 +141,51 @@ def test_a_stopped_run_equals_one_that_was_not(method, at, tmp_path, monkeypatch
     for epoch in (1, 2):
         a, b = weights(tmp_path / "whole", epoch), weights(tmp_path / "parts", epoch)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("target", ["standardised", "unit"])
+def test_pictures_are_what_the_decoder_makes_of_eight_clean_images(config, tmp_path, target):
+    """At every checkpoint that is kept a strip of 8 images, equal to decoder(projector(backbone)) written out here."""
+    images = data.by_fingerprint(config.data)
+    run = train.Run(config.replace(target=target), images, CPU)
+    train._loop(run, tmp_path / "checkpoint.safetensors", {1, 2}, train._Stop(), None)
+    assert list(run.pictures) == ["1", "2"] and run.pictures["1"] != run.pictures["2"]
+    i = run.pairs[data.subset(256, count=256, seed=0)[:8], 0]
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (images.mean, images.std))
+    x = (images.split("train").images[i] / 255 - mean) / std
+    net = run.method.eval()
+    with torch.no_grad():
+        y = net.decoder(net.projector(net.backbone(x)))
+    y = y * std + mean if target == "standardised" else y  # a unit target is the pixels themselves
+    pixels = Image.open(io.BytesIO(base64.b64decode(run.pictures["2"])))
+    assert (pixels.format, pixels.size) == ("PNG", (256, 32))
+    kept = torch.cat([torch.from_numpy(np.array(pixels))[:, 32 * k : 32 * k + 32].permute(2, 0, 1)[None] for k in range(8)])
+    assert (kept.int() - 255 * y.clamp(0, 1)).abs().max() < 0.51
+    assert torch.equal(train.unstrip(run.pictures["2"]), kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (6, 3, 8, 8), (5, 1, 28, 28)])
+def test_a_strip_holds_its_images(shape):
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(train.unstrip(train.strip(pixels / 255)), pixels)
+
+
+def test_pictures_and_segments_of_a_run_that_was_stopped_once(config, tmp_path):
+    """The clean images and every checkpoint's, as without the stop; two segments whose steps join."""
+    images = data.by_fingerprint(config.data)
+    whole = pretrain(config, tmp_path / "whole", checkpoints=[0, 1])
+    with pytest.raises(train.Stopped):
+        pretrain(config, tmp_path / "parts", checkpoints=[0, 1], deadline=time.monotonic())
+    parts = pretrain(config, tmp_path / "parts", checkpoints=[0, 1])
+    assert list(parts["pictures"]) == ["clean", "0", "1", "2"] and parts["pictures"] == whole["pictures"]
+    pool = data.subset(1437, count=256, seed=0)[data.subset(256, count=256, seed=0)[:8]]
+    assert torch.equal(train.unstrip(parts["pictures"]["clean"]), images.split("train").images[pool])
+    one, two = ([s["steps"] for s in r["provenance"]["segments"]] for r in (whole, parts))
+    assert one == [[0, 8]] and two == [[0, 1], [1, 8]]
+    for segment in parts["provenance"]["segments"]:
+        assert {k: segment[k] for k in ("commit", "torch", "device", "threads")} == {
+            k: parts["provenance"][k] for k in ("commit", "torch", "device", "threads")}
+    assert "pictures" not in pretrain(experiments.run("simsiam", "digits", "smoke"), tmp_path / "other")  # no decoder
 
 
 def test_a_deadline_stops_at_a_checkpoint(config, tmp_path):
