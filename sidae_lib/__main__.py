@@ -26,11 +26,24 @@ def _run(args: argparse.Namespace) -> None:
         os.environ["SIDAE_BUNDLE"] = str(args.bundle.resolve())  # inherited by the processes of --jobs
     if args.plan:
         return _plan([*configs, *evals], args.plan, args.rate)
+    if args.nice:
+        _nice()
+    asked = [*configs, *evals]
+    if args.order == "seed":
+        asked.sort(key=lambda c: runs._run(c).seed)
     with _cluster(args) as client:
-        runs.fetch_all([*configs, *evals], device=args.device, minutes=args.minutes, client=client)
+        runs.fetch_all(asked, device=args.device, minutes=args.minutes, until=args.until, client=client)
     print(f"{args.figure} at scale {args.scale}: {len(configs)} runs and {len(evals)} evaluations are recorded.")
     if tested := [e for e in evals if e.score_on != "val"]:  # what only decides something is no result
         print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in tested]))).to_string())
+
+
+def _nice() -> None:
+    """The lowest priority, for this process and those that it starts. Where Linux shares processors out by session, `nice`
+    alone does nothing against another session, so the session gets it too."""
+    os.nice(19)
+    with suppress(OSError):  # no such file, or no right to write it
+        Path("/proc/self/autogroup").write_text("19")
 
 
 def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:
@@ -154,6 +167,10 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--bundle", type=Path, metavar="FILE", help="also append every record made in this call to one file")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
+    run.add_argument("--until", type=int, metavar="EPOCH", help="train runs without labels to this epoch, evaluate what they "
+                     "have passed, and say what is left; a later call goes on")
+    run.add_argument("--order", choices=("figure", "seed"), default="figure", help="seed: all of seed 0 before seed 1")
+    run.add_argument("--nice", action="store_true", help="leave the processor to others, for as long as this terminal lives")
     run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
     run.add_argument("--jobs", type=int, metavar="N", help="N processes, one per GPU or sharing the cores; 1: this process")
     run.add_argument("--scheduler", metavar="ADDRESS", help="workers of this Dask scheduler, tcp://... or tls://...")
@@ -178,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except train.Stopped as e:
         print(e)
-        return 0 if getattr(args, "minutes", None) is not None and "Time is up" in str(e) else 130
+        return 130 if "Stopped by" in str(e) else 0  # a signal, and not what --minutes or --until asked for
     except SidaeError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

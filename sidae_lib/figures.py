@@ -198,10 +198,30 @@ def small(png: bytes) -> bytes:
     return min(png, out.getvalue(), key=len)
 
 
+def joined(line: pd.DataFrame) -> pd.Series:
+    """Which points of a curve from `summary` are joined: those of the most seeds. Means over fewer are another curve's."""
+    return line["n"] == line["n"].max()
+
+
+def reach(table: pd.DataFrame) -> str:
+    """How far the curves of a `summary` have come that end before their runs do: "to epoch 75 of 200, n = 2", with the
+    methods' names where they differ; empty where all have come to their end."""
+    said: dict[str, list[str]] = {}
+    curves = table[table["of"] > 0].groupby(["method", "w"], sort=False)
+    for (method, w), line in curves:
+        far = line[joined(line)].sort_values("epoch").iloc[-1]
+        words = "" if far["epoch"] == far["of"] else f"to epoch {far['epoch']} of {far['of']}, n = {far['n']}"
+        said.setdefault(words, []).append(variant(method, w))
+    if len(said) == 1:
+        return next(iter(said))
+    return "; ".join(f"{', '.join(names)} {words}" for words, names in said.items() if words)
+
+
 def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
     """Figures 3, 5, 6 and 7 from `summary`: one column per set, one row per share of labels (of one set alone side by side),
     standard-error bands, supervised and untrained as lines; by the paper's own probe also its end points, hollow, at the
-    right edge."""
+    right edge. Curves of unfinished runs go as far as they have come, which the title says; means over fewer seeds are dots
+    beside the line."""
     sets, shares = list(dict.fromkeys(table["data"])), sorted(set(table["labels"]), reverse=True)
     end = beside_published(table) if kind == "linear" else table[:0].assign(published=0.0, published_se=0.0)
     high, wide = (len(shares), len(sets)) if len(sets) > 1 else (1, len(shares))
@@ -215,10 +235,13 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
                            label=variant(line.method, line.w, line.augment))
                 if line.n > 1:
                     ax.axhspan(line.mean - line.se, line.mean + line.se, color=COLOURS[line.method], alpha=0.12, lw=0)
-            curves = part[(part["of"] > 0) & (part["kind"] == kind)].groupby(["method", "w"], sort=False)
-            for (method, w), line in curves:
+            trained = part[(part["of"] > 0) & (part["kind"] == kind)]
+            for (method, w), line in trained.groupby(["method", "w"], sort=False):
                 line, marker, colour = line.sort_values("epoch"), MARKERS[method], COLOURS[method]
                 style = {"ls": "--", "mfc": "white"} if w != 0.5 else {}
+                if len(fewer := line[~joined(line)]):
+                    ax.plot(fewer["epoch"], fewer["mean"], marker, ms=2, color=colour, alpha=0.5, label="fewer seeds (small)")
+                line = line[joined(line)]
                 ax.plot(line["epoch"], line["mean"], marker=marker, ms=3, lw=1.2, color=colour, label=variant(method, w),
                         **style)
                 ax.fill_between(line["epoch"], line["mean"] - line["se"], line["mean"] + line["se"], color=colour,
@@ -228,9 +251,9 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
                 ax.errorbar(own["of"] * 1.06, own["published"], own["published_se"], fmt=marker, ms=4, mfc="none",
                             color=colour, lw=0.8, label="Published (hollow)" if len(own) else None)
             shown = part["display"].iloc[0]
-            source = part.loc[(part["of"] > 0) & (part["kind"] == kind), "pretrain"]
+            source = trained["pretrain"]
             name = shown if set(source) <= {shown} else f"{source.iloc[0]} to\n{shown}"
-            ax.set_title(f"{name}, {percent(shares[row])} of labels", wrap=True)
+            ax.set_title("\n".join(filter(None, (f"{name}, {percent(shares[row])} of labels", reach(trained)))), wrap=True)
             ax.set_xlabel("pre-training epochs")
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:

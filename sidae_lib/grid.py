@@ -33,14 +33,19 @@ except ImportError as e:
 
 @dataclass
 class Result:
-    """What a task sends back."""
+    """What a task sends back; of one that failed or was stopped, what it had finished."""
 
     records: list[tuple[runs.Config, runs.Record]] = field(default_factory=list)
+    error: SidaeError | None = None
+    files: tuple[RunConfig, dict[str, str]] | None = None  # an unfinished run's backbones, whose evaluations are here
     weights: dict[tuple[RunConfig, int], bytes] = field(default_factory=dict)  # by run and epoch
     said: list[str] = field(default_factory=list)
 
     def keep(self, log: Callable) -> None:
         """Into this machine's store, what it does not have; where the store is shared that is nothing."""
+        if self.files and runs.found(self.files[0], log) is None:
+            with runs._locked(self.files[0]):
+                runs.one_trajectory(*self.files, log)
         for config, record in self.records:
             mine = runs.found(config, log)
             if mine is None or self.weights and mine != record:  # weights are those of their own record
@@ -100,11 +105,17 @@ def work(version: str, job: runs.Job, given: list[Result], device: str, until: f
     data.remember(sources)
     out = Result()
     for result in given:
+        if result.error:
+            raise result.error
         result.keep(out.said.append)
     with _slot(device) as where:
         deadline = None if until is None else time.monotonic() + until - time.time()
-        out.records = job.compute(where, deadline, out.said.append)
-    out.weights = {(job.run, e): runs.backbone(job.run, e).read_bytes() for e in sent}
+        try:
+            job.compute(where, deadline, out.said.append)
+        except SidaeError as e:
+            out.error = e
+    out.records, out.files = job.records, (job.run, job.files) if job.files else None
+    out.weights = {(job.run, e): path.read_bytes() for e in sent if (path := runs.backbone(job.run, e)).exists()}
     return out
 
 
@@ -156,7 +167,7 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
         for job in jobs:
             sent = {job.run.epochs} if weights or job.run in started_from else set()
             sent |= job.epochs if job.run in started_from else set()  # mined pairs may start from an earlier one
-            name = digest([job.run.key(), *sorted(e.key() for e in job.evals), *sorted(sent)])
+            name = digest([job.run.key(), job.until, *sorted(e.key() for e in job.evals), *sorted(sent)])
             futures[job.run] = client.submit(
                 work, __version__, job, [futures[r] for r in runs.dependencies(job.run)], device, until, sent,
                 data.sources(), key=("sidae", name), resources={"GPU": 1} if gpus and device != "cpu" else None)
@@ -168,6 +179,7 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
             error = future.exception()
             if error is None:
                 result = future.result()
+                error = result.error
                 result.weights = result.weights if weights else {}  # else they were for other runs
                 result.keep(log)
                 for line in result.said:

@@ -69,14 +69,19 @@ BOARD = ["paper", "source", "statement", "case", "n", "ours", "se", "published",
 def scoreboard(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
     """Every published number that the evaluations speak to, and every claim that they decide or leave open, a row each.
 
-    frame: `figures.evaluations` of one scale's records. A number has ours, n, se, published, difference and, where the two
-    are comparable, z = difference / sqrt(se^2 + published_se^2); beside its verdict stands whether a copy of the data, such
-    as re-compressed images, gave it. A claim has a row per case: the mean difference over
+    frame: `figures.evaluations` of one scale's records; unfinished runs are left out. A number has ours, n, se, published,
+    difference and, where the two are comparable, z = difference / sqrt(se^2 + published_se^2); beside its verdict stands
+    whether a copy of the data, such as re-compressed images, gave it. A claim has a row per case: the mean difference over
     seeds in points, positive as claimed, its 95 % interval and the verdict.
     """
-    frame = frame[frame["scored"] == "test"]
+    frame = frame[(frame["scored"] == "test") & finished(frame)]
     rows = pd.concat([_values(frame, scale), pd.DataFrame(list(_claims(frame)))])
     return rows.reindex(columns=BOARD).replace([np.inf, -np.inf], np.nan).round(dict.fromkeys(BOARD, 2)).reset_index(drop=True)
+
+
+def finished(frame: pd.DataFrame) -> pd.Series:
+    """Which rows are of runs that are evaluated at their last epoch: no claim is decided on the way."""
+    return frame.groupby("run_key")["epoch"].transform("max") >= frame["of"]
 
 
 def _values(frame: pd.DataFrame, scale: str) -> pd.DataFrame:

@@ -38,6 +38,10 @@ def folder(config: Config) -> Path:
     return paths.runs() / _run(config).key()
 
 
+def _checkpoint(run: RunConfig) -> Path:
+    return folder(run) / "checkpoint.safetensors"
+
+
 def backbone(run: RunConfig, epoch: int | None = None) -> Path:
     """The weights of a run's backbone at an epoch (default: the last)."""
     return folder(run) / train.backbone_name(run.epochs if epoch is None else epoch)
@@ -200,19 +204,24 @@ def adopt(source: Path, refused: Collection[str] = (), log: Callable = print) ->
     return new
 
 
-def set_aside(damaged: train.Damaged, log: Callable) -> None:
-    """Renames a damaged or foreign file of the local store, so that nothing reads it; nothing is deleted."""
-    path = damaged.path
-    if not path.is_relative_to(paths.runs()):
-        raise damaged
+def _aside(path: Path) -> str:
+    """The name under which nothing reads the file any more; nothing is deleted."""
     to = next(p for n in count(1) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
+    path.rename(to)
+    return to.name
+
+
+def set_aside(damaged: train.Damaged, log: Callable) -> None:
+    """Renames a damaged or foreign file of the local store."""
+    if not damaged.path.is_relative_to(paths.runs()):
+        raise damaged
     try:
-        path.rename(to)
+        name = _aside(damaged.path)
     except FileNotFoundError:  # another process was faster
         return
     except OSError:
         raise damaged from None
-    log(f"{damaged} It lies aside as {to.name} now.")
+    log(f"{damaged} It lies aside as {name} now.")
 
 
 def found(config: Config, log: Callable) -> Record | None:
@@ -235,33 +244,31 @@ def _load(fingerprint: str, run: RunConfig) -> data.Images:
     return data.by_fingerprint(fingerprint, size=run.size, channels=run.channels, resize=run.resize)
 
 
-def fetch_run(run: RunConfig, epochs: set[int], device: torch.device, deadline: float | None, log: Callable) -> Record:
-    """The record of a run whose backbones at `epochs` are there and whole, trained if need be."""
-    checkpoint = folder(run) / "checkpoint.safetensors"
-    with _locked(run):
-        record = found(run, log)
-        if record is None or not all([_sound(backbone(run, e), record, log) for e in epochs]):
-            began, images, before = time.monotonic(), _load(run.data, run), record
-            more = {"device": device, "checkpoints": epochs, "deadline": deadline}
-            try:
-                record = train.pretrain(run, images, folder(run), **more)
-            except train.Damaged as e:
-                set_aside(e, log)
-                record = train.pretrain(run, images, folder(run), **more)
-            record["files"] = (before or {}).get("files", {}) | record["files"]
-            record = keep(run, record)
-            log(f"trained {run.method} {run.key()} in {time.monotonic() - began:.0f} s")
-        checkpoint.unlink(missing_ok=True)
-        return record
+def _evaluated(run: RunConfig, log: Callable) -> dict[EvalConfig, Record]:
+    """The evaluations of a run that the local store holds."""
+    out = {}
+    for path in sorted(folder(run).glob("eval-*.json")):
+        try:
+            record = read(path)
+        except train.Damaged as e:
+            set_aside(e, log)
+        else:
+            out[EvalConfig.from_dict(record["config"])] = record
+    return out
 
 
-def fetch_eval(config: EvalConfig, device: torch.device, log: Callable) -> Record:
-    """The record of an evaluation whose backbone is there."""
-    with _locked(config):
-        if record := found(config, log):
-            return record
-        images = _load(config.data or config.run.data, config.run)
-        return keep(config, evaluate.evaluate(config, images, backbone(config.run, config.epoch), device=device))
+def one_trajectory(run: RunConfig, files: dict[str, str], log: Callable) -> None:
+    """Sets a run's evaluations aside from the first epoch on whose backbone is not the one in `files` (name -> sha256): its
+    checkpoint was lost, it began again, and it came another way. Evaluations from before 0.2 name no backbone."""
+    there = _evaluated(run, log)
+    of = {c: files.get(train.backbone_name(c.epoch)) for c in there}
+    other = [c.epoch for c, r in there.items() if of[c] and r.get("backbone", of[c]) != of[c]]
+    old = [c for c in there if other and c.epoch >= min(other)]
+    for config in old:
+        _aside(folder(run) / _name(config))
+    if old:
+        log(f"{len(old)} evaluations of {run.method} {run.key()} lie aside: they are of weights that it had before it began "
+            f"again, from epoch {min(other)} on.")  # fmt: skip
 
 
 def recorded(configs: Sequence[Config]) -> list[Record]:
@@ -281,23 +288,86 @@ def dependencies(config: Config) -> list[RunConfig]:
 
 @dataclass
 class Job:
-    """One run and what is made of it: the backbones that are needed, by epoch, and the evaluations that are missing."""
+    """One run and what is made of it: the backbones that are needed, by epoch, and the evaluations that are missing; of a
+    run that is not finished those that are recorded too, since they hold for one trajectory alone.
+
+    until: an epoch to stop at before the end.  records: what is done, as it is filed.  files: sha256 of the backbones that
+    an unfinished run has kept.
+    """
 
     run: RunConfig
     epochs: set[int] = field(default_factory=set)
     evals: list[EvalConfig] = field(default_factory=list)
+    until: int | None = None
+    records: list[tuple[Config, Record]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
-    def compute(self, device: torch.device, deadline: float | None, log: Callable) -> list[tuple[Config, Record]]:
-        out: list[tuple[Config, Record]] = [(self.run, fetch_run(self.run, self.epochs, device, deadline, log))]
-        for config in sorted(self.evals, key=lambda c: (c.epoch, c.data)):
-            if deadline is not None and time.monotonic() > deadline:
-                raise train.Stopped("Time is up.")
-            out.append((config, fetch_eval(config, device, log)))
-        return out
+    def compute(self, device: torch.device, deadline: float | None, log: Callable) -> None:
+        """Trains the run, where it is not there with the backbones that are needed, and evaluates each checkpoint as it is
+        passed; a record is filed at once. An evaluation that fails does not stop the training, and is raised at the end."""
+        left, failed = sorted(self.evals, key=lambda c: (c.epoch, c.data)), []
+        with _locked(self.run):
+            before = record = found(self.run, log)
+
+            def passed(epoch: int, files: dict[str, str]) -> None:
+                if before is None:
+                    self.files = dict(files)
+                    one_trajectory(self.run, files, log)
+                while left and left[0].epoch <= epoch:
+                    config = left[0]
+                    own = found(config, log)
+                    if own is None:
+                        if deadline is not None and time.monotonic() > deadline:
+                            raise train.Stopped("Time is up.")
+                        images = _load(config.data or config.run.data, config.run)
+                        try:
+                            made = evaluate.evaluate(config, images, backbone(self.run, config.epoch), device=device)
+                        except SidaeError as e:
+                            failed.append(e)
+                        else:
+                            own = keep(config, made)
+                    if own:
+                        self.records.append((config, own))
+                    left.pop(0)
+
+            if before is None or not all([_sound(backbone(self.run, e), before, log) for e in self.epochs]):
+                record = self._train(before, passed, device, deadline, log)
+            if record:
+                self.records.append((self.run, record))
+                _checkpoint(self.run).unlink(missing_ok=True)
+                passed(self.run.epochs, record.get("files", {}))
+        if failed:
+            raise failed[0]
+
+    def _train(self, before: Record | None, passed: train.Passed, device: torch.device, deadline: float | None,
+               log: Callable) -> Record | None:  # fmt: skip
+        """The run's record, filed; None when it stands at `until`."""
+        run, began = self.run, time.monotonic()
+        images = _load(run.data, run)
+        also = {c.epoch for c in (*self.evals, *_evaluated(run, log))}
+        while True:
+            try:
+                record = train.pretrain(run, images, folder(run), device=device, checkpoints=self.epochs, also=also,
+                                        deadline=deadline, until=self.until, passed=passed)  # fmt: skip
+                break
+            except train.Damaged as e:
+                set_aside(e, log)
+            except train.NotKept:
+                if before is None:
+                    raise
+                _checkpoint(run).unlink()  # a finished run is trained again for its weights, whatever was begun for others
+        seconds = time.monotonic() - began
+        if record is None:
+            log(f"{run.method} {run.key()} has come to epoch {self.until} of {run.epochs}, {seconds:.0f} s")
+            return None
+        record["files"] = (before or {}).get("files", {}) | record["files"]
+        log(f"trained {run.method} {run.key()} in {seconds:.0f} s")
+        return keep(run, record)
 
 
-def plan(configs: Sequence[Config], *, weights: bool = False, log: Callable = print) -> list[Job]:
-    """What is missing, one job per run, after those of the runs it depends on; weights: the last backbones too."""
+def plan(configs: Sequence[Config], *, weights: bool = False, until: int | None = None, log: Callable = print) -> list[Job]:
+    """What is missing, one job per run, after those of the runs it depends on; weights: the last backbones too; until: a run
+    without labels, from which no other starts, goes to this epoch alone, and later ones are not asked for."""
     jobs: dict[RunConfig, Job] = {}
 
     def add(config: Config) -> None:
@@ -310,13 +380,23 @@ def plan(configs: Sequence[Config], *, weights: bool = False, log: Callable = pr
         else:
             jobs.setdefault(config, Job(config))
 
-    place = {run: n for n, run in enumerate(dict.fromkeys(map(_run, configs)))}
-    for config in sorted(dict.fromkeys(configs), key=lambda c: place[_run(c)]):  # a recorded run's evaluations are not last
+    place, asked = {run: n for n, run in enumerate(dict.fromkeys(map(_run, configs)))}, dict.fromkeys(configs)
+    for config in sorted(asked, key=lambda c: place[_run(c)]):  # a recorded run's evaluations are not last
         if found(config, log) is None:
             add(config)
         if weights:
             add(_run(config))
             jobs[_run(config)].epochs.add(_run(config).epochs)
+    encoders, of = {run for job in jobs.values() for run in dependencies(job.run)}, defaultdict(list)
+    for config in asked:
+        if isinstance(config, EvalConfig):
+            of[config.run].append(config)
+    for job in jobs.values():
+        if find(job.run) is None:
+            job.evals = of[job.run]
+        if until is not None and job.run.epochs > until and not methods.check(job.run).labels and job.run not in encoders:
+            job.until, job.epochs = until, {e for e in job.epochs if e <= until}
+            job.evals = [e for e in job.evals if e.epoch <= until]
     return list(jobs.values())
 
 
@@ -340,15 +420,20 @@ def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Ca
             return
 
 
-def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float | None = None, client: Any = None,
-              weights: bool = False, log: Callable[[str], None] = print) -> list[Record]:  # fmt: skip
+def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float | None = None, until: int | None = None,
+              client: Any = None, weights: bool = False, log: Callable[[str], None] = print) -> list[Record]:  # fmt: skip
     """The records of runs and evaluations, in the order asked for: what is recorded is read, the rest is computed once.
 
     client: a Dask client or a scheduler's address (default: SIDAE_SCHEDULER), whose workers compute; with weights, the
     last backbones come back too.  minutes: after so long it stops at a checkpoint and raises train.Stopped, which says
-    what is left.  A damaged file of the store is set aside and computed again.  When some fail the rest are finished
-    and kept, then one SidaeError names the failed.
+    what is left.  until: runs without labels stop at a checkpoint after so many epochs, evaluated as far as they have come
+    (encoders of others run whole), then train.Stopped says what is left; a later call goes on bit for bit.
+
+    An evaluation is recorded as training passes its checkpoint.  A damaged file of the store is set aside and computed
+    again.  When some fail the rest are finished and kept, then one SidaeError names the failed.
     """
+    if until is not None and until < 1:
+        raise SidaeError(f"until is an epoch to train to, at least 1, not {until}.")
     for config in configs:  # every name is looked up before the first hour is spent
         methods.check(_run(config))
         if isinstance(config, EvalConfig):
@@ -356,7 +441,7 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
     client = client or os.environ.get("SIDAE_SCHEDULER")
     here = train.device_of("cpu" if client else device)  # a worker chooses its own
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    jobs = plan(configs, weights=weights, log=log)
+    jobs = plan(configs, weights=weights, until=until, log=log)
     if client and jobs:
         from . import grid
 
@@ -379,6 +464,9 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
     if failed:
         first = next(iter(failed.values()))
         raise SidaeError(f"{len(failed)} of {len(jobs)} runs failed ({', '.join(failed)}), the rest are kept. First: {first}")
+    if until is not None and (left := len(missing(configs))):
+        raise train.Stopped(f"Trained to epoch {until}: {left} of {len(set(configs))} records are left; the same call with a "
+                            "later epoch, or none, goes on from there.")  # fmt: skip
     return [find(c) for c in configs]
 
 

@@ -45,6 +45,10 @@ class Stopped(SidaeError):
     """A run that was asked to stop, by a signal or a deadline, and left a checkpoint to go on from."""
 
 
+class NotKept(SidaeError):
+    """A backbone is asked for that an unfinished run did not keep on its way."""
+
+
 class Damaged(SidaeError):
     """A file of the store that is not what was written under its name; `path` says which."""
 
@@ -193,6 +197,7 @@ def _view(name: str, n: int, fast: bool) -> Callable[..., Tensor]:
 class _Stop:
     """Turns SIGINT and SIGTERM into a request that the loop honours after the step; a second one is not held back."""
 
+    before: dict[int, Any] = {}
     signal: int | None = None  # of the class: a request to every run of the process, which a grid's worker makes
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -211,9 +216,27 @@ class _Stop:
             for s, handler in self.before.items():
                 signal.signal(s, handler)
 
+    @contextmanager
+    def paused(self):
+        """Signals do what they did before: right after a checkpoint there is nothing to save."""
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        try:
+            yield
+        finally:
+            for s in self.before:
+                signal.signal(s, self)
+
 
 def backbone_name(epoch: int) -> str:
     return f"backbone-e{epoch:03d}.safetensors"
+
+
+def always_kept(config: RunConfig) -> set[int]:
+    """Epochs whose backbone is kept whatever is asked for: the last; of the paper's length, without labels, also 0 and every
+    25th, since such a run is not begun again for one of them."""
+    long = config.epochs >= 200 and not methods.METHODS[config.method].labels
+    return {config.epochs, *(range(0, config.epochs, 25) if long else ())}
 
 
 class Run:
@@ -456,6 +479,11 @@ class Run:
             sentence = f"The checkpoint {path} is damaged ({type(e).__name__}); without it the run starts anew."
             raise Damaged(sentence, path) from e
 
+    def kept(self, folder: Path, epoch: int) -> bool:
+        """Whether the backbone of an epoch is there, whole, and this run's own."""
+        path = folder / backbone_name(epoch)
+        return path.exists() and sha256(path.read_bytes()) == self.files.get(path.name)
+
     def save_backbone(self, folder: Path, epoch: int) -> None:
         tensors = dict(self.method.backbone.state_dict())
         for name in ("fc", "projector"):  # the supervised network's own classifier; the head that pairs are mined with
@@ -502,30 +530,46 @@ def cost(config: RunConfig, images: Images) -> dict[str, float]:
     return {"parameters": sum(p.numel() for p in weights), "mib": round(sum(kept.values()) / 2**20, 1)}
 
 
+Passed = Callable[[int, dict[str, str]], None]  # an epoch, and the sha256 of each backbone kept up to it, by file name
+
+
 def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.device, checkpoints: Iterable[int] = (),
-             deadline: float | None = None) -> dict[str, Any]:  # fmt: skip
+             also: Iterable[int] = (), deadline: float | None = None, until: int | None = None,
+             passed: Passed = lambda epoch, files: None) -> dict[str, Any] | None:  # fmt: skip
     """Train one run, or go on with it, and return its record (design: "Run record"); weights go to `folder`.
 
-    checkpoints: epochs (0 to config.epochs) whose backbone is kept; the last always is.  deadline: `time.monotonic()`
-    after which the run stops at a checkpoint.  Raises Stopped on a signal or the deadline, Damaged for a checkpoint that
-    cannot be gone on from, SidaeError when loss or weights are not finite.
+    checkpoints: epochs (0 to config.epochs) whose backbone is kept, beside those that `always_kept` names.  also: others,
+    as far as they are still to come.  deadline: `time.monotonic()` after which the run stops at a checkpoint.  until: an
+    epoch at whose end it stops at a checkpoint and returns None.  passed: is called where the run begins or goes on, and at
+    every kept epoch before the last, always at a checkpoint.
+
+    Raises Stopped on a signal or the deadline, NotKept for a checkpoint that is past one of `checkpoints` without having
+    kept it, Damaged for one that cannot be gone on from, SidaeError when loss or weights are not finite.
     """
     run = Run(config, images, device)
     born = provenance(device)
     path = folder / "checkpoint.safetensors"
-    keep = {*checkpoints, config.epochs}
+    keep = {*checkpoints, *also, *always_kept(config)}
     untrained = run.monitor() if run.steps else {}
     if path.exists():
         run.restore(path)
-        passed = {backbone_name(e) for e in keep if e * len(run.bounds) <= run.step}
-        if not all(name in run.files and (folder / name).exists() for name in passed):
-            run = Run(config, images, device)  # an epoch is asked for that was not kept on the way
-    if 0 in keep and run.step == 0:
-        run.save_backbone(folder, 0)
+    per_epoch = max(1, len(run.bounds))
+    at = run.step // per_epoch
+    if run.step == at * per_epoch and at in keep and not run.kept(folder, at):
+        run.save_backbone(folder, at)
+    if lost := [e for e in sorted(checkpoints) if e <= at and not run.kept(folder, e)]:
+        own = ", ".join(str(e) for e in range(at + 1) if run.kept(folder, e)) or "none"
+        raise NotKept(f"{config.method} {config.key()} stands at epoch {at} of {config.epochs} and did not keep epoch "
+                      f"{', '.join(map(str, lost))} on its way (kept: {own}). An unfinished run is not begun again for it: "
+                      "ask for an epoch that is kept, or let the run finish first.")  # fmt: skip
     run.segments.append({k: born[k] for k in ("commit", "torch", "device", "threads", "start")} | {"steps": [run.step] * 2})
+    if run.step < run.steps:
+        passed(at, run.files)
     if run.steps:
         with _Stop().armed() as stop:
-            _loop(run, path, keep, stop, deadline)
+            _loop(run, path, keep, stop, deadline, until, passed)
+    if run.step < run.steps:
+        return None
     more: dict[str, Any] = {}
     if run.pictures:
         few = images.split(config.split).images[run.monitored[:8].cpu()]
@@ -541,8 +585,10 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     }  # fmt: skip
 
 
-def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | None) -> None:
+def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | None, until: int | None = None,
+          passed: Passed = lambda epoch, files: None) -> None:  # fmt: skip
     config, device, per_epoch = run.config, run.device, len(run.bounds)
+    end = config.epochs if until is None else min(until, config.epochs)
     sync = 1 if device.type == "cpu" else 50  # steps between looks at the loss: on a GPU a look waits for the queue
     saved, checkpointed = time.monotonic(), run.step
     bar = tqdm(total=run.steps, initial=run.step, unit="step", desc=f"{config.method} {config.key()[:6]}", leave=False,
@@ -555,9 +601,9 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
 
     ahead = ThreadPoolExecutor(1)  # a GPU need not wait for the next epoch's draft; on a CPU it would take a core from it
     coming: Future | None = None
-    for epoch in range(run.step // per_epoch, config.epochs):
+    for epoch in range(run.step // per_epoch, end):
         drawn = run.put(coming.result() if coming else run.draft(epoch))
-        coming = ahead.submit(run.draft, epoch + 1) if device.type == "cuda" and epoch + 1 < config.epochs else None
+        coming = ahead.submit(run.draft, epoch + 1) if device.type == "cuda" and epoch + 1 < end else None
         for a, b in run.bounds[run.step % per_epoch :]:
             began = time.perf_counter()
             run.advance(drawn, a, b)
@@ -569,7 +615,8 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
                 gauges = run.gauges(drawn, a, b) if (epoch + 1) % max(1, config.epochs // 10) == 0 else {}
                 _end_epoch(run, path.parent, keep, bar, gauges)
             late = deadline is not None and time.monotonic() > deadline
-            if stop.signal or late or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            pause = run.step == (epoch + 1) * per_epoch < run.steps and epoch + 1 in keep | {end}
+            if stop.signal or late or pause or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _finite(run, checkpointed)
                 checkpoint()
             if stop.signal or late and run.step < run.steps:
@@ -577,6 +624,9 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
                 why = "Time is up" if late else f"Stopped by {signal.Signals(stop.signal).name}"
                 raise Stopped(f"{why}: {config.method} {config.key()} stands at step {run.step} of {run.steps}, saved in "
                               f"{path}; the same call goes on from there.")  # fmt: skip
+            if pause:
+                with stop.paused():
+                    passed(epoch + 1, run.files)
     bar.close()
 
 

@@ -38,7 +38,7 @@ def published(config) -> dict:
 def test_a_bundle_holds_what_the_store_holds(made):
     configs, bundle = made
     lines = [json.loads(line) for line in bundle.read_text().splitlines()]
-    assert [r["key"] for r in lines] == [configs[n].key() for n in (0, 3, 2, 1)]  # as each was finished
+    assert [r["key"] for r in lines] == [configs[n].key() for n in (3, 2, 0, 1)]  # as each was finished
     for config in configs:
         assert runs.find(config) in lines
 
@@ -66,7 +66,7 @@ def test_a_line_cut_short_is_left_out_and_said(made):
 def test_a_changed_record_is_left_out(made, change):
     _, bundle = made
     lines = bundle.read_text().splitlines()
-    lines[1] = json.dumps(json.loads(lines[1]) | change)
+    lines[0] = json.dumps(json.loads(lines[0]) | change)
     bundle.write_text("\n".join(lines))
     assert len(runs.adopt(bundle, log=lambda line: None)) == 3
 
@@ -124,7 +124,7 @@ def test_a_later_epoch_alone_tells_no_trajectory(offer):
 def test_evaluations_that_name_two_weights_of_one_epoch_are_left_out(made):
     """Without the run's record nobody knows which are of the training that will finish."""
     _, bundle = made
-    one = json.loads(bundle.read_text().splitlines()[2])
+    one = json.loads(bundle.read_text().splitlines()[1])
     config = EvalConfig.from_dict(one["config"]).replace(k=7)
     other = one | {"config": config.to_dict(), "key": config.key(), "backbone": "f" * 64}
     bundle.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "check"}) + "\n" for r in (one, other)))

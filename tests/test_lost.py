@@ -310,24 +310,6 @@ def test_no_flipped_bit_of_a_record_changes_what_is_read(every, made, tmp_path):
     assert noticed > 0.95 * len(good) / every
 
 
-def test_a_backbone_kept_on_the_way_is_asked_for_after_a_stop(store):
-    """The checkpoint has passed the epoch: going on from it would never write that backbone."""
-    run = experiments.run("simsiam", "digits", "smoke")
-    with pytest.raises(train.Stopped):
-        train.pretrain(run, data.by_fingerprint(run.data), runs.folder(run), device=CPU, deadline=0)
-    train.CHECKPOINT_SECONDS, before = 0.0, train.CHECKPOINT_SECONDS
-    try:
-        at = iter(range(1, 100))
-        step = torch.optim.SGD.step
-        with pytest.MonkeyPatch.context() as m, pytest.raises(train.Stopped):
-            m.setattr(torch.optim.SGD, "step", lambda self: (step(self), next(at) == 5 and os.kill(os.getpid(), 2))[0])
-            runs.fetch_all([run], device="cpu", log=quiet)
-        [record] = runs.fetch_all([EvalConfig(run=run, kind="knn", k=5, epoch=1)], device="cpu", log=quiet)
-    finally:
-        train.CHECKPOINT_SECONDS = before
-    assert record["epoch"] == 1 and runs.backbone(run, 1).exists()
-
-
 def test_a_cache_half_written_by_a_killed_process_is_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("SIDAE_DATA", str(tmp_path))
     images = np.zeros((4, 8, 8), np.uint8)

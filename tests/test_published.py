@@ -14,8 +14,10 @@ ROW = {"data": "cifar10", "display": "CIFAR-10", "pretrain": "CIFAR-10", "pretra
 
 def row(method, seed, accuracy, epoch=200, labels=0.01, **changes):
     base = {"untrained": {"augment": "none", "of": 0}, "supervised": {"augment": "none", "kind": "classifier"}}
-    return ROW | {"of": 200} | base.get(method, {}) | {"method": method, "seed": seed, "accuracy": accuracy, "epoch": epoch,
-                                                       "labels": labels} | changes  # fmt: skip
+    out = ROW | {"of": 200} | base.get(method, {}) | {"method": method, "seed": seed, "accuracy": accuracy, "epoch": epoch,
+                                                      "labels": labels} | changes  # fmt: skip
+    run = ("method", "seed", "w", "augment", "target", "pretrain", "varied", "of")
+    return {"run_key": " ".join(str(out[k]) for k in run)} | out
 
 
 def claims(rows, statement):
