@@ -30,8 +30,9 @@ def paper(bench: Bench, method: str, batch: int) -> tuple[RunConfig, Images]:
 
 
 def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, Callable], name: str = "") -> list[Row]:
-    """The step alone and the pipeline in every mode and in bf16, then the rivals; with a name also two processes. On a GPU
-    float32 is eager alone, since no run there takes it, and the rivals are in bf16 too. Nothing when the time is up."""
+    """The step alone and the pipeline in every mode and in bf16, its own mode also with torch's layers, then the rivals;
+    with a name also two processes. On a GPU float32 is eager alone, since no run there takes it, the rivals are in bf16 too,
+    and all layers are torch's. Nothing when the time is up."""
     if time.monotonic() > bench.deadline:
         return []
     own, cuda = train.Run(config, images, bench.device).mode, bench.device.type == "cuda"
@@ -52,6 +53,8 @@ def compare(bench: Bench, config: RunConfig, images: Images, rivals: dict[str, C
             label, build = "pipeline" + ", own mode" * (mode == own), partial(c.pipeline, bench, run, images, mode)
             out.append(Contender(label, build, of=limits[precision, whole], info=info | {"mode": mode}))
             ours = out[-1] if ours is None and mode == own else ours
+            if mode == own and not cuda:
+                out.append(Contender("torch's own layers", partial(c.torchs, build), of=out[-1], info=out[-1].info))
     for what, build in rivals.items():
         out.append(Contender(what, partial(build, bench, config, images), of=ours, info=ours.info | {"mode": "eager"},
                              needs="lightly" * (build is c.lightly_example)))  # fmt: skip

@@ -1,11 +1,12 @@
 """What is compared: our step and pipeline, and what users would pick instead, each as a warmed-up repeat."""
 
+import math
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import count
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from sidae_lib import augment, data, experiments, figures, methods, pairs, paths, runs, train
+from sidae_lib import augment, data, experiments, figures, methods, networks, pairs, paths, runs, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images, Split
 
@@ -147,6 +148,22 @@ def pipeline(bench: Bench, config: RunConfig, images: Images, mode: str) -> Repe
         return config.batch / (bench.time(partial(pipeline_step, run, drawn)) + drawing)
 
     return repeat
+
+
+@contextmanager
+def torchs_layers():
+    """Within it convolutions on small maps are torch's own, not the matrix products of `networks`."""
+    rule, networks.multiplied = networks.multiplied, lambda *_: False
+    try:
+        yield
+    finally:
+        networks.multiplied = rule
+
+
+def torchs(build: Callable[[], Repeat]) -> Repeat:
+    """The same contender with torch's own layers."""
+    with torchs_layers():
+        return torchs_layers()(build())
 
 
 @lru_cache
@@ -301,14 +318,33 @@ def kornia(bench: Bench, images: Images, batch: int) -> Repeat:
     return bench.rate(lambda: view(x / 255), batch)
 
 
+def meeting(few: int, wide: int, kernel: int, stride: int, padding: int) -> int:
+    """Along one side: how many taps meet a pixel of the wide map, all places of a convolution taken together."""
+    return sum(0 <= n * stride - padding + tap < wide for n in range(few) for tap in range(kernel))
+
+
+def _forward(x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *_: Any, out_shape: Any
+             ) -> int:  # fmt: skip
+    few, wide = (x, out_shape) if transposed else (out_shape, x)
+    return 2 * x[0] * w[0] * w[1] * math.prod(map(meeting, few[2:], wide[2:], w[2:], stride, padding))
+
+
+def _backward(grad: Any, x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *more: Any,
+              out_shape: Any) -> int:  # fmt: skip
+    wanted = sum(more[-1][:2])  # the gradients of x and of the weight
+    return wanted * _forward(x, w, bias, stride, padding, dilation, transposed, out_shape=grad)
+
+
 def arithmetic(config: RunConfig) -> int:
     """Floating-point operations of one step, forward and backward, two per multiply-add: those of the convolutions and
-    matrix products, nearly all of them. Counted on tensors without content, so in no time."""
+    matrix products, nearly all of them; a convolution's that meet padding alone are none. Counted on tensors without
+    content, so in no time."""
     with torch.device("meta"):
         method = methods.build(config)
         v1, v2, x = (torch.empty(config.batch, config.channels, config.size, config.size) for _ in range(3))
         stat = torch.empty(config.channels, 1, 1)
-    with FlopCounterMode(display=False) as counter:
+    own = {torch.ops.aten.convolution: _forward, torch.ops.aten.convolution_backward: _backward}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
         method.loss((v1, v2), {"x1": x, "x2": x, "mean": stat, "std": stat})["loss"].backward()
     return counter.get_total_flops()
 

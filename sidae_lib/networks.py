@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -14,6 +14,48 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from .config import RunConfig, SidaeError
+
+
+def multiplied(few: int, wide: int, kernel: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether a convolution from a (wide, wide) map to a (few, few) one, or a transposed one back, is a matrix product here.
+
+    On a CPU alone, where few is at most 2: there a kernel mostly meets padding. In bfloat16 always, since torch's backward
+    pass is slow on such maps; else where the matrix has no more entries than the kernel has taps, or the kernel is 1x1.
+    """
+    return device == "cpu" and few <= 2 and (dtype == torch.bfloat16 or wide <= kernel or kernel == 1)
+
+
+def laid(weight: Tensor, few: int, wide: int, stride: int, padding: int) -> Tensor:
+    """The matrix of a convolution from a (wide, wide) map of b channels to a (few, few) one of a: weight (a, b, k, k) ->
+    (few few a, wide wide b), the kernel laid over the wide map once a place of the other. Of a transposed one the transpose."""
+    spare = wide - weight.shape[-1]
+    before = [n * stride - padding for n in range(few)]  # negative padding cuts off the taps beside the map
+    maps = (F.pad(weight, (left, spare - left, top, spare - top)) for top, left in product(before, repeat=2))
+    return torch.cat([m.permute(0, 2, 3, 1) for m in maps]).flatten(1)
+
+
+def precision(x: Tensor) -> torch.dtype:
+    """What a convolution of x computes in on a CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def through(x: Tensor, matrix: Tensor, bias: Tensor | None, side: int) -> Tensor:
+    """x (B, b, s, s) and a `laid` matrix -> (B, a, side, side), channels_last, as x should be: then it is not copied."""
+    y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix, None if bias is None else bias.repeat(side**2))
+    return y.view(len(x), side, side, len(matrix) // side**2).permute(0, 3, 1, 2)
+
+
+class Conv(nn.Conv2d):
+    """nn.Conv2d of a square kernel and one group, as a matrix product where `multiplied` says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (k, _), (s, _), (p, _), (wide, across) = self.kernel_size, self.stride, self.padding, x.shape[2:]  # type: ignore[misc]
+        few = (wide + 2 * p - k) // s + 1
+        if wide != across or not multiplied(few, wide, k, precision(x), x.device.type):
+            return super().forward(x)
+        if k == 1 and not p:  # every place of the map by itself
+            return F.linear(x[:, :, ::s, ::s].permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return through(x, laid(self.weight, few, wide, s, p), self.bias, few)
 
 
 class ResNet(nn.Module):
@@ -39,6 +81,7 @@ class ResNet(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                m.__class__ = Conv  # BasicBlock builds nn.Conv2d; another's weights would be drawn anew
 
     @staticmethod
     def _stage(c_in: int, c_out: int, n: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
@@ -171,7 +214,8 @@ class Doubling(nn.ConvTranspose2d):
     """The transposed convolution of kernel 3 and stride 2 that doubles a map, (B, c_in, s, s) -> (B, c_out, 2 s, 2 s).
 
     As a convolution it does not compile on a GPU where the map is 1x1: cuDNN lays out the gradient of the weight in another
-    way than the compiler expects (pytorch/pytorch#171622). There it is `product`, elsewhere torch's own, bit for bit.
+    way than the compiler expects (pytorch/pytorch#171622). There it is `product`, on a CPU what `multiplied` says,
+    elsewhere torch's own, bit for bit.
     """
 
     def __init__(self, c_in: int, c_out: int, bias: bool = False) -> None:
@@ -183,7 +227,12 @@ class Doubling(nn.ConvTranspose2d):
         return x.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return self.product(x) if x.is_cuda and x.shape[2:] == (1, 1) and self.bias is None else super().forward(x)
+        if x.is_cuda and x.shape[2:] == (1, 1) and self.bias is None:
+            return self.product(x)
+        few, across = x.shape[2:]
+        if few != across or not multiplied(few, 2 * few, 3, precision(x), x.device.type):
+            return super().forward(x)
+        return through(x, laid(self.weight, few, 2 * few, 2, 1).t(), self.bias, 2 * few)
 
 
 class Decoder(nn.Module):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sidae_lib import experiments, runs
+from sidae_lib import experiments, networks, runs
 from sidae_lib.config import EvalConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,17 +86,18 @@ def test_contenders_take_turns(benchmarks):
     assert late[0]["n"] == 1
 
 
-def convolution(c_in, c_out, side, k):
-    """Multiply-adds of one image; a transposed convolution has as many, counted at the side of its input."""
-    return c_in * c_out * side**2 * k**2
+def convolution(c_in, c_out, meeting):
+    """Multiply-adds of one image; meeting: products of a tap and a pixel along one side, padding left out."""
+    return c_in * c_out * meeting**2
 
 
 def test_arithmetic_is_the_sum_over_layers(benchmarks):
-    sides = ((3, 32, 17), (32, 64, 9), (64, 128, 5), (128, 256, 3), (256, 8, 2))  # small_cnn at 32 pixels, outputs
-    first, *others = (convolution(*s, 2) for s in sides)
+    # small_cnn at 32 pixels: 2x2 convolutions of stride 2 meet each pixel once, the last, of stride 1, two places twice
+    first, *others = (convolution(*s) for s in ((3, 32, 32), (32, 64, 17), (64, 128, 9), (128, 256, 5), (256, 8, 4)))
     project = 32 * HIDDEN + HIDDEN**2 + HIDDEN * D
     predict = 2 * D * PRED
-    decode = D * 64 + sum(convolution(*s, 3) for s in ((64, 32, 1), (32, 16, 2), (16, 8, 4), (8, 8, 8), (8, 3, 16)))
+    doubled = ((64, 32, 1), (32, 16, 2), (16, 8, 4), (8, 8, 8), (8, 3, 16))  # 3 taps a place, the first of the first beside it
+    decode = D * 64 + sum(convolution(a, b, 3 * side - 1) for a, b, side in doubled)
     heads = {"simsiam": predict, "dae": decode, "sidae": predict + decode}
     for method, head in heads.items():
         config = experiments.run(method, "digits", "smoke", batch=4)
@@ -109,10 +110,31 @@ def test_arithmetic_of_the_papers_network(benchmarks):
     config = experiments.run("simsiam", "cifar10", "paper", batch=256)
     stages = 0
     for k, (c, side) in enumerate(((64, 8), (128, 4), (256, 2), (512, 1))):
-        stages += (4 if k == 0 else 3) * convolution(c, c, side, 3)
-        stages += 0 if k == 0 else convolution(c // 2, c, side, 3) + convolution(c // 2, c, side, 1)
-    first, heads = convolution(3, 64, 16, 7), 512 * 2048 + 2 * 2048**2 + 2 * 2048 * 512
+        stages += (4 if k == 0 else 3) * convolution(c, c, 3 * side - 2)
+        stages += 0 if k == 0 else convolution(c // 2, c, 3 * side - 1) + convolution(c // 2, c, side)
+    first = convolution(3, 64, 7 * 16 - 3 - 1 - 2)  # the first two places lose 3 and 1 of 7 taps, the last 2
+    heads = 512 * 2048 + 2 * 2048**2 + 2 * 2048 * 512
     assert benchmarks.contenders.arithmetic(config) == 2 * 256 * 2 * (3 * (first + stages + heads) - first)
+
+
+def test_torchs_layers_are_a_switch(benchmarks):
+    """Behind it the paper's network runs torch's convolutions, bit for bit; the rule comes back, also after an error."""
+    rule, c = networks.multiplied, benchmarks.contenders
+    conv, x = networks.Conv(8, 8, 3, 1, 1, bias=False), torch.randn(64, 8, 1, 1, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def build():
+        asked.append(networks.multiplied(1, 1, 3, x.dtype, "cpu"))
+        return lambda: asked.append(networks.multiplied(1, 1, 3, x.dtype, "cpu")) or conv(x)
+
+    repeat = c.torchs(build)
+    for _ in range(2):
+        assert torch.equal(repeat(), torch.nn.functional.conv2d(x, conv.weight, None, 1, 1))
+        assert networks.multiplied is rule
+    assert asked == [False] * 3
+    with pytest.raises(ZeroDivisionError):
+        c.torchs(lambda: 1 / 0)
+    assert networks.multiplied is rule and rule(1, 1, 3, x.dtype, "cpu")
 
 
 def test_the_pages_results_are_the_committed_tables(benchmarks):

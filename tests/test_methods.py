@@ -10,7 +10,7 @@ import torchvision
 from pytest import approx
 from torch import nn
 
-from sidae_lib import augment, config, losses, methods
+from sidae_lib import augment, config, losses, methods, networks
 from sidae_lib.config import RunConfig, SidaeError
 
 SMALL = {"dim": 32, "hidden": 48, "pred_hidden": 8, "decoder": 512}
@@ -104,7 +104,9 @@ def train(model, loss, optimizer, steps=5):
 
 
 @pytest.mark.parametrize(("w", "twin"), [(1.0, "simsiam"), (0.0, "dae"), (0.3, None)])
-def test_five_sgd_steps_equal_the_reference_exactly(w, twin):
+def test_five_sgd_steps_equal_the_reference_exactly(w, twin, monkeypatch):
+    """Bit for bit on torch's own layers; the products of small maps, which round otherwise, are in test_networks."""
+    monkeypatch.setattr(networks, "multiplied", lambda *_: False)
     ours = [build(w=w)] + ([build(twin)] if twin else [])
     reference = Reference(w)
     reference.load_state_dict(renamed(ours[0].state_dict()))  # strict: no module more, none less

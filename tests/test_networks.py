@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from pytest import approx
 from safetensors.torch import save_file
@@ -140,9 +141,9 @@ def test_weights_load_into_torchvision():
     theirs.fc = nn.Identity()
     ours.eval(), theirs.eval()
     x = noise(4, 3, 32, 32)
-    assert torch.equal(ours(x), theirs(x))  # the last map is 1x1: no order of summation to differ in
-    x = noise(2, 3, 64, 64)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    for size in (32, 64):
+        x = noise(4, 3, size, size)
+        assert torch.allclose(ours(x), theirs(x), atol=1e-5)  # sums are taken in another order
 
 
 def test_weights_are_drawn_as_torchvisions():
@@ -152,6 +153,100 @@ def test_weights_are_drawn_as_torchvisions():
         assert v.float().mean().item() == approx(theirs[k].float().mean().item(), abs=0.02), k
         if v.numel() > 5000:
             assert v.std().item() == approx(theirs[k].std().item(), rel=0.05), k
+
+
+# --- small maps -----------------------------------------------------------------------------------------------------
+
+
+def same(ours, theirs, x, g):
+    """Both functions and every gradient of theirs, to rounding in float64; returns our gradient of the weight."""
+    tensors = [[x, *m.parameters()] for m in (ours, theirs)]
+    (a, *da), (b, *db) = ([y := m(x), *torch.autograd.grad(y, t, g)] for m, t in zip((ours, theirs), tensors))
+    assert a.shape == b.shape and all((p - q).abs().max() <= 1e-12 for p, q in zip((a, *da), (b, *db), strict=True))
+    return a, da[1]
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Products on every map, not only where they pay."""
+    monkeypatch.setattr(networks, "multiplied", lambda *_: True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_convolution_as_a_product_is_torchs_own(size, kernel, stride, bias, everywhere):
+    theirs = nn.Conv2d(7, 9, kernel, stride, kernel // 2, bias=bias).double()
+    ours = networks.Conv(7, 9, kernel, stride, kernel // 2, bias=bias).double()
+    ours.load_state_dict(theirs.state_dict())
+    few = (size - 1) // stride + 1
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = noise(5, 7, size, size).double().contiguous(memory_format=layout).requires_grad_()
+        y, grad = same(ours, theirs, x, noise(5, 9, few, few, seed=1).double())
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    places = range(0, stride * few, stride)  # of the kernel's centre
+    met = [any(0 <= n + t - kernel // 2 < size for n in places) for t in range(kernel)]
+    for (i, row), (j, column) in itertools.product(enumerate(met), repeat=2):
+        assert bool((grad[:, :, i, j] != 0).all() if row and column else (grad[:, :, i, j] == 0).all()) is True
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_doubling_as_a_product_is_torchs_own(size, bias, everywhere):
+    theirs = nn.ConvTranspose2d(7, 9, 3, 2, 1, 1, bias=bias).double()
+    ours = Doubling(7, 9, bias).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, g = noise(5, 7, size, size).double().requires_grad_(), noise(5, 9, 2 * size, 2 * size, seed=1).double()
+    grad = same(ours, theirs, x, g)[1]
+    assert (grad[:, :, 0] == 0).all() == (grad[..., 0] == 0).all() == (size == 1)  # taps that end above and beside the map
+    assert (grad[:, :, 1:, 1:] != 0).all()
+
+
+def test_where_convolutions_are_products():
+    """A function of map, kernel, precision and device type, which a resumed run asks again: on a CPU alone, few at most 2."""
+    bf16, asked = torch.bfloat16, list(itertools.product(range(1, 9), (1, 3, 7)))
+    assert not any(networks.multiplied(few, 2 * few, k, t, d) for few, k in asked for t in (torch.float32, bf16)
+                   for d in ("cuda", "meta", "mps"))  # fmt: skip
+    assert all(networks.multiplied(few, 2 * few, k, bf16, "cpu") == (few <= 2) for few, k in asked)
+    for few, wide in ((1, 1), (2, 2), (1, 2), (2, 3)):  # no more entries than taps
+        assert networks.multiplied(few, wide, 3, torch.float32, "cpu") and few**2 * wide**2 <= 9 * few**2
+    assert not networks.multiplied(2, 4, 3, torch.float32, "cpu") and networks.multiplied(2, 4, 1, torch.float32, "cpu")
+    assert not networks.multiplied(3, 3, 3, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(("bf16", "products"), [(False, 10), (True, 12)])
+def test_the_papers_networks_on_small_maps(bf16, products, monkeypatch):
+    """The last two stages and the decoder's first layers; in bfloat16 they compute in it, as torch's own would."""
+    seen, rule = [], networks.multiplied
+    monkeypatch.setattr(networks, "multiplied", lambda *asked: seen.append(rule(*asked)) or seen[-1])
+    net = nn.Sequential(ResNet(width=8), nn.Linear(64, 16), Decoder(16, width=64)).to(memory_format=torch.channels_last)
+    types = []
+    for m in net.modules():
+        if isinstance(m, (networks.Conv, Doubling)):
+            m.register_forward_hook(lambda m, args, out: types.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        net(noise(4, 3, 32, 32))
+    assert sum(seen) == products and len(seen) == 25 and set(types) == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_maps_that_are_not_square_are_torchs_own():
+    x, ours = noise(2, 3, 1, 2), networks.Conv(3, 5, 3, 1, 1)
+    assert torch.equal(ours(x), F.conv2d(x, ours.weight, ours.bias, 1, 1))
+    ours = Doubling(3, 5)
+    assert torch.equal(ours(x), F.conv_transpose2d(x, ours.weight, None, 2, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_initial_weights_are_those_of_torchvision_bit_for_bit():
+    torch.manual_seed(3)
+    theirs, after = torchvision.models.resnet18(num_classes=0).state_dict(), torch.get_rng_state()
+    torch.manual_seed(3)
+    ours = ResNet()
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(type(m) is networks.Conv for m in ours.modules() if isinstance(m, nn.Conv2d))
+    assert [k for k in theirs if "fc" not in k] == list(ours.state_dict())
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.state_dict().items())
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
