@@ -189,7 +189,7 @@ def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
         return both[0], both[1:]
 
     found = minimize(loss, np.zeros((F_ + 1) * K), jac=True, method="L-BFGS-B",
-                     options={"maxiter": 1000, "maxls": 50, "gtol": 1e-6, "ftol": 64 * np.finfo(float).eps})  # fmt: skip
+                     options={"maxiter": 1000, "maxls": 50, "gtol": 1e-6, "ftol": 1e-10})  # fmt: skip
     V = torch.from_numpy(found.x).view(F_ + 1, K).to(x.device)
     return seen[((test @ V[:-1].to(x.dtype)).double() + V[-1]).argmax(1)]
 
