@@ -541,7 +541,7 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     checkpoints: epochs (0 to config.epochs) whose backbone is kept, beside those that `always_kept` names.  also: others,
     as far as they are still to come.  deadline: `time.monotonic()` after which the run stops at a checkpoint.  until: an
     epoch at whose end it stops at a checkpoint and returns None.  passed: is called where the run begins or goes on, and at
-    every kept epoch before the last, always at a checkpoint.
+    every kept epoch before the last when its checkpoint is saved.
 
     Raises Stopped on a signal or the deadline, NotKept for a checkpoint that is past one of `checkpoints` without having
     kept it, Damaged for one that cannot be gone on from, SidaeError when loss or weights are not finite.
@@ -549,7 +549,8 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     run = Run(config, images, device)
     born = provenance(device)
     path = folder / "checkpoint.safetensors"
-    keep = {*checkpoints, *also, *always_kept(config)}
+    asked = sorted(checkpoints)
+    keep = {*asked, *also, *always_kept(config)}
     untrained = run.monitor() if run.steps else {}
     if path.exists():
         run.restore(path)
@@ -557,7 +558,7 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     at = run.step // per_epoch
     if run.step == at * per_epoch and at in keep and not run.kept(folder, at):
         run.save_backbone(folder, at)
-    if lost := [e for e in sorted(checkpoints) if e <= at and not run.kept(folder, e)]:
+    if lost := [e for e in asked if e <= at and not run.kept(folder, e)]:
         own = ", ".join(str(e) for e in range(at + 1) if run.kept(folder, e)) or "none"
         raise NotKept(f"{config.method} {config.key()} stands at epoch {at} of {config.epochs} and did not keep epoch "
                       f"{', '.join(map(str, lost))} on its way (kept: {own}). An unfinished run is not begun again for it: "
