@@ -45,13 +45,16 @@ def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, fl
 
     own, at = "pipeline, own mode", {"batch": 256, "precision": "fp32"}
     yield "whole pipeline over step alone, SimSiam", "0.95", pick("pretrain", "ratio", what=own, **at)
-    lightly = pick("pretrain", "median", what="lightly's example", batch=256)
-    bf16 = pick("pretrain", "median", what=own, batch=256, precision="bf16")
-    modes = found("pretrain")
-    if lightly and len(modes):
-        modes = modes[modes["what"].str.startswith("pipeline") & (modes["batch"] == 256) & (modes["precision"] == "fp32")]
-        yield "over lightly's example, plain", "1.4", modes[modes["mode"] == "eager"]["median"].max() / lightly
-        yield "over lightly's example, fastest mode", "2", max(modes["median"].max(), bf16 or 0) / lightly
+    lightly = pick("pretrain", "median", what="lightly's example", batch=512)
+    for kind, least in (("fp32", "1.8"), ("bf16", "2.5 with AMX")):
+        rate = pick("pretrain", "median", what=own, batch=512, precision=kind)
+        yield f"over lightly's example, which is in fp32, {kind}", least, rate and lightly and rate / lightly
+    torchs, wide = {"what": "torch's own layers"}, {"method": "sidae", "batch": 512}
+    for what, section, kind, least, where in (
+            ("SidAE, fp32", "sidae", "fp32", "1.3", wide), ("SidAE, bf16", "sidae", "bf16", "1.5, 2.6 with AMX", wide),
+            ("laptop's network", "narrow", "fp32", "1", {"scale": "laptop"})):  # fmt: skip
+        ratio = pick(section, "ratio", **torchs, precision=kind, **where)
+        yield f"over torch's own layers, {what}", least, ratio and 1 / ratio
     floor = found("floor")
     share = floor[(floor["what"] == "step alone") & (floor["width"] == 64)]["share"].min() if len(floor) else None
     yield "share of the floor, paper's network (least of three methods)", "0.5", share
@@ -65,9 +68,10 @@ def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, fl
     mined = {"what": "exact", "at": 50_000}
     yield "all pairs among 50,000 images, s", "at most 60", pick("pairs", "median", **mined)
     yield "memory above their embeddings, MiB", "at most 500", pick("pairs", "above_mib", **mined)
-    rates = {m: pick("floor", "median", method=m, width=64, mode="eager") for m in ("sidae", "simsiam", "dae")}
+    rates = {m: pick("pretrain" if m == "simsiam" else "sidae", "median", what=own, method=m, batch=512, precision="bf16")
+             for m in ("sidae", "simsiam", "dae")}  # fmt: skip
     hours = paper_hours(rates) if all(rates.values()) else None
-    yield "all SidAE figures, paper scale, 5 seeds, hours of pre-training (estimate from the rates)", "-", hours
+    yield "all SidAE figures, paper scale, 5 seeds, bf16, hours of pre-training (estimate from the rates)", "-", hours
     gpu = pick("cuda/step", "seconds_per_run", processes=3)
     yield "a run of CIFAR-10 at paper scale, one GPU shared by three, s a run", "at most 80", gpu
     yield "two local workers over one, 16 short runs, times", "1.5", pick("scaling", "median", what="two workers over one")

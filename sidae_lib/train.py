@@ -530,6 +530,12 @@ def cost(config: RunConfig, images: Images) -> dict[str, float]:
     return {"parameters": sum(p.numel() for p in weights), "mib": round(sum(kept.values()) / 2**20, 1)}
 
 
+def goes_on(segments: list[dict[str, Any]], device: torch.device, name: str) -> bool:
+    """Whether a device takes over a run that these segments made. A GPU begins at epoch 0 unless they are its own kind's:
+    another's hours are its minutes, and its records are then of one machine."""
+    return device.type != "cuda" or all(s["device"] == name for s in segments)
+
+
 Passed = Callable[[int, dict[str, str]], None]  # an epoch, and the sha256 of each backbone kept up to it, by file name
 
 
@@ -554,6 +560,8 @@ def pretrain(config: RunConfig, images: Images, folder: Path, *, device: torch.d
     untrained = run.monitor() if run.steps else {}
     if path.exists():
         run.restore(path)
+        if not goes_on(run.segments, device, born["device"]):
+            run = Run(config, images, device)
     per_epoch = max(1, len(run.bounds))
     at = run.step // per_epoch
     if run.step == at * per_epoch and at in keep and not run.kept(folder, at):

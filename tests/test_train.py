@@ -285,3 +285,11 @@ def test_seed_and_epoch_both_change_what_is_drawn(config):
         assert not torch.equal(drawn[a][0], drawn[b][0])
         assert not torch.equal(drawn[a][1]["crop"], drawn[b][1]["crop"])
     assert not torch.equal(drawn[0][1]["crop"], drawn[0][2]["crop"])  # nor do the two views share theirs
+
+
+def test_a_gpu_begins_a_run_at_its_first_epoch():
+    """Unless its own kind made what there is; a CPU goes on with anybody's."""
+    cpu, gpu = [{"device": "AMD EPYC"}], [{"device": "NVIDIA H100"}]
+    cuda = torch.device("cuda")
+    assert not train.goes_on(cpu, cuda, "NVIDIA H100") and not train.goes_on(gpu + cpu, cuda, "NVIDIA H100")
+    assert train.goes_on(gpu, cuda, "NVIDIA H100") and train.goes_on(gpu, CPU, "AMD EPYC") and train.goes_on([], cuda, "any")
