@@ -43,7 +43,7 @@ def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, fl
             table = table[table[name] == value] if name in table else table[:0]
         return float(table[column].iloc[0]) if len(table) and column in table else None
 
-    own, at = "pipeline, own mode", {"batch": 256, "precision": "fp32"}
+    own, at = "pipeline, own mode", {"batch": 512, "precision": "fp32"}
     yield "whole pipeline over step alone, SimSiam", "0.95", pick("pretrain", "ratio", what=own, **at)
     lightly = pick("pretrain", "median", what="lightly's example", batch=512)
     for kind, least in (("fp32", "1.8"), ("bf16", "2.5 with AMX")):
