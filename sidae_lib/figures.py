@@ -253,7 +253,8 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
             shown = part["display"].iloc[0]
             source = trained["pretrain"]
             name = shown if set(source) <= {shown} else f"{source.iloc[0]} to\n{shown}"
-            ax.set_title("\n".join(filter(None, (f"{name}, {percent(shares[row])} of labels", reach(trained)))), wrap=True)
+            title = [f"{name}, {percent(shares[row])} of labels", *filter(None, reach(trained).split("; "))]
+            ax.set_title("\n".join(title), wrap=True)
             ax.set_xlabel("pre-training epochs")
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:
