@@ -124,8 +124,16 @@ def test_a_record_is_written_as_training_passes_its_checkpoint(store, monkeypatc
     assert seen == [(1, []), (2, [1]), (3, [1, 2]), (4, [1, 2])]
 
 
+@pytest.fixture
+def interrupted():
+    """SIGINT as Python has it; a package that another test imports makes it an exit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("ends", ["signal", "deadline"])
-def test_an_evaluation_that_is_cut_off_is_all_that_is_lost(ends, store, whole, monkeypatch):
+def test_an_evaluation_that_is_cut_off_is_all_that_is_lost(ends, store, whole, monkeypatch, interrupted):
     """Ctrl-C does not wait for it; where the time is up meanwhile it is finished and no other begun."""
     configs, plain, late, clock = wanted(), evaluate.evaluate, [0.0], time.monotonic
 
