@@ -14,7 +14,7 @@ from sidae_lib.config import RunConfig
 from . import contenders
 from .timing import Bench, fresh, hardware
 
-_held: dict[str, train.Run] = {}  # of this process, by method and mode
+_held: dict[str, train.Run] = {}  # of this process, by method
 
 
 def _config(method: str, toy: bool, **changes) -> RunConfig:

@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-import warnings
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -88,22 +87,13 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _adopt(args: argparse.Namespace) -> None:
-    smoke = {c.key() for needs in _needs("smoke").values() for c in needs}
+    smoke = {c.key() for needs in experiments.needs("smoke").values() for part in needs for c in part}
     new = {key for source in args.sources for key in runs.adopt(source, smoke)}
     for scale in [s for s in experiments.SCALES if s != "smoke"] if new else []:
-        for name, needs in _needs(scale).items():
-            if found := sum(c.key() in new for c in needs):
+        for name, needs in experiments.needs(scale).items():
+            if found := sum(c.key() in new for part in needs for c in part):
                 print(f"{name} at scale {scale}: {found} new records; draw its figures anew "
                       f"(./run_all.sh {scale} --only NOTEBOOK) and run `python -m sidae_lib readme`.")
-
-
-def _needs(scale: str) -> dict[str, list[runs.Config]]:
-    """Figure -> all that it needs at a scale, where its image sets are there or known."""
-    out = {}
-    for name, build in experiments.FIGURES.items():
-        with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
-            out[name] = [c for part in build(scale) for c in part]
-    return out
 
 
 def readme(text: str) -> str:

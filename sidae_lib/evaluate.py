@@ -345,9 +345,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     confusion = confusion.cpu().numpy()  # of all repeats together
     per_class = 100 * confusion.diagonal() / np.maximum(confusion.sum(1), 1)
     right = predicted == y_test  # (repeats, N)
-    each = [round(v, 4) for v in (100 * right.double().mean(1)).tolist()]
     if config.repeats > 1:
-        extra["each"] = each
+        extra["each"] = [round(v, 4) for v in (100 * right.double().mean(1)).tolist()]
     if config.epoch == config.run.epochs and config.score_on == "test" and config.kind not in ("pairs", "tsne"):
         extra["right"] = base64.b64encode(zlib.compress(right.sum(0).byte().cpu().numpy().tobytes(), 9)).decode()
     return {

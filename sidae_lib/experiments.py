@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -447,10 +447,16 @@ def figure(name: str) -> Callable[..., Needs]:
     return FIGURES[name]
 
 
+def needs(scale: str, names: Iterable[str] = FIGURES) -> dict[str, Needs]:
+    """Figure -> what it needs at a scale, of those whose image sets are there or known."""
+    out = {}
+    for name in names:
+        with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
+            out[name] = FIGURES[name](scale)
+    return out
+
+
 def evaluations(scale: str) -> list[EvalConfig]:
     """All evaluations of all figures at a scale, as far as their image sets are there or known."""
-    found: dict[EvalConfig, None] = {}
-    for build in (f for f in FIGURES.values() if f is not your_own_images):  # whose labels are no shares of a paper's set
-        with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
-            found |= dict.fromkeys(build(scale)[1])
-    return list(found)
+    papers = [name for name in FIGURES if name != "your_own_images"]  # whose labels are no shares of a paper's set
+    return list(dict.fromkeys(e for _, evals in needs(scale, papers).values() for e in evals))

@@ -47,8 +47,11 @@ def backbone(run: RunConfig, epoch: int | None = None) -> Path:
     return folder(run) / train.backbone_name(run.epochs if epoch is None else epoch)
 
 
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what `_parsed` raises
+
+
 def _parsed(text: str) -> Record:
-    """The record that a text is; an error of many kinds where it is none, or not what was written."""
+    """The record that a text is; one of UNREADABLE where it is none, or not what was written."""
     if len(text) > RECORD_BYTES or LONG.search(text):
         raise ValueError
     record = json.loads(text)
@@ -68,7 +71,7 @@ def read(path: Path) -> Record:
         named = path.name.removeprefix("eval-").removesuffix(".json") if path.name != "record.json" else path.parent.name
         if record["key"] != named:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, *UNREADABLE) as e:
         raise train.Damaged(f"The record {path} is damaged; move it away and it is computed again.", path) from e
     return record
 
@@ -107,11 +110,15 @@ def _locked(config: Config):
         yield
 
 
+def _line(record: Record) -> bytes:
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+
+
 def keep(config: Config, record: Record) -> Record:
     """Files a record, with its checksum; the caller holds the lock."""
     record = {k: v for k, v in record.items() if k != "check"}
     record["check"] = digest(record)
-    line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    line = _line(record)
     train.write(folder(config) / _name(config), line)
     if bundle := os.environ.get("SIDAE_BUNDLE"):  # in one write, so that several processes may share the file
         file = os.open(bundle, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -125,10 +132,10 @@ def _offered(source: Path, log: Callable) -> Iterator[Record]:
     if source.is_dir():
         yield from every("*", (source,))
         return
-    for n, text in enumerate(source.read_text().splitlines(), 1):
+    for n, text in enumerate(source.read_text(errors="replace").splitlines(), 1):
         try:
             yield _parsed(text)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except UNREADABLE:
             log(f"Line {n} of {source} is no whole record; it is left out.")
 
 
@@ -194,7 +201,7 @@ def adopt(source: Path, refused: Collection[str] = (), log: Callable = print) ->
             if path in filed and not instead:
                 left["there already"] += 1
             else:
-                train.write(path, json.dumps(record, separators=(",", ":"), allow_nan=False).encode())
+                train.write(path, _line(record))
                 new.append(record["key"])
                 filed.pop(path, None)
         for path in filed if instead else ():

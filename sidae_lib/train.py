@@ -303,11 +303,15 @@ class Run:
         zn = F.normalize(out.pop("z").float(), dim=1)
         return out, {"z": zn.sum(0), "zz": zn.square().sum(0), "rows": zn[:256]}
 
+    def _clean(self, rows: Tensor) -> Tensor:
+        """Images as they are, normalised, as the network takes them."""
+        return ((self.images[rows] / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
     @torch.no_grad()
     def monitor(self) -> dict[str, float]:
         """Of at most 256 training images as they are: the effective rank of their features, and where they have labels
         `knn`, percent whose nearest neighbour by cosine is of their class. It is looked at, never trained on."""
-        x = ((self.images[self.monitored] / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = self._clean(self.monitored)
         self.method.eval()
         h = self.method.features(x).float()
         self.method.train()
@@ -424,7 +428,7 @@ class Run:
         """What the decoder makes of the first eight monitored images, side by side: a PNG in base64; empty without one."""
         if getattr(self.method, "decoder", None) is None:
             return ""
-        x = ((self.images[self.monitored[:8]] / 255 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = self._clean(self.monitored[:8])
         self.method.eval()
         y = self.method.decoder(self.method.embed(x)).float()
         self.method.train()

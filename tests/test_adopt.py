@@ -31,10 +31,6 @@ def made(trained, store):
     return CONFIGS, Path(shutil.copy(trained / "bundle", store / "bundle.jsonl"))
 
 
-def published(config) -> dict:
-    return runs.read(paths.records() / runs._run(config).key() / runs._name(config))
-
-
 def test_a_bundle_holds_what_the_store_holds(made):
     configs, bundle = made
     lines = [json.loads(line) for line in bundle.read_text().splitlines()]
@@ -60,6 +56,15 @@ def test_a_line_cut_short_is_left_out_and_said(made):
     said = []
     assert len(runs.adopt(bundle, log=said.append)) == 3
     assert said[0].startswith("Line 4 of") and "no whole record" in said[0]
+
+
+def test_what_is_no_record_is_left_out_and_said(made):
+    """JSON of another kind, and a file that is no text at all."""
+    _, bundle = made
+    bundle.write_bytes(b"[]\n3\n{}\nnull\n\x89PNG\xff\n" + bundle.read_bytes())
+    said = []
+    assert len(runs.adopt(bundle, log=said.append)) == 4
+    assert [line.split(" of ")[0] for line in said[:-1]] == [f"Line {n}" for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("change", [{"accuracy": 99.0}, {"config": {}}, {"key": "0" * 16}])
