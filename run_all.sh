@@ -12,7 +12,8 @@ usage() {
 Usage: ./run_all.sh [smoke|quick|laptop|paper] [OPTIONS]
            run the notebooks into executed/<scale> and figures/<scale>; the default is quick (minutes, no download)
        ./run_all.sh test [--all] [PYTEST ARGUMENTS]
-           run the tests, and validate the notebooks unless pytest arguments narrow the run; --all adds the slow tests
+           run the tests and validate the notebooks, one process a core, or only what the pytest arguments name, in this
+           process; --all adds the slow tests
        ./run_all.sh lab [JUPYTER ARGUMENTS]
            open JupyterLab on notebooks/
 
@@ -133,20 +134,36 @@ limited() { # limited COMMAND...: what is left of an hour
     return $code
 }
 
-run_tests() {
-    local code=0 scratch
-    use_environment papermill nbconvert ipykernel pytest nbval hypothesis scipy
-    cd "$ROOT"
-    limited "$PYTHON" -m pytest --durations=15 "$@" || code=1
-    if [ "$*" = "" ] || [ "$*" = --all ]; then
-        scratch=$(mktemp -d)
-        trap 'rm -rf "$scratch"' EXIT
-        # Empty folders, so that the validation trains what it checks; ipykernel chooses the backend itself.
-        SIDAE_RUNS=$scratch/runs SIDAE_RECORDS=$scratch/records SIDAE_FIGURES=$scratch/figures MPLBACKEND='' \
-            limited "$PYTHON" -m pytest --durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
-            notebooks || code=1
-    fi
+stage() { # stage NAME COMMAND...: says when it begins and ends, and how long it took
+    local begin=$SECONDS code=0
+    echo "[$1 begins]"
+    "${@:2}" || code=$?
+    echo "[$1 ended after $((SECONDS - begin)) s]"
     return $code
+}
+
+run_tests() {
+    local code=0 pytest scratch
+    stage environment use_environment papermill nbconvert ipykernel pytest xdist nbval hypothesis scipy
+    cd "$ROOT"
+    pytest=(limited "$PYTHON" -m pytest --durations=15)
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    case "$*" in
+        "" | --all)
+            export SIDAE_TESTED=$scratch/tested # for the last line, which speaks of both
+            stage tests "${pytest[@]}" -n auto --dist worksteal "$@" || code=1
+            stage notebooks validate -n auto --dist loadfile notebooks || code=1
+            ;;
+        *.ipynb*) validate "$@" || code=1 ;;
+        *) "${pytest[@]}" "$@" || code=1 ;;
+    esac
+    return $code
+}
+
+validate() { # validate ARGUMENTS...: in empty folders, so that it trains what it checks; ipykernel chooses the backend
+    SIDAE_RUNS=$scratch/runs SIDAE_RECORDS=$scratch/records SIDAE_FIGURES=$scratch/figures MPLBACKEND='' \
+        "${pytest[@]}" --nbval-lax --nbval-current-env --nbval-cell-timeout=300 "$@"
 }
 
 case $1 in

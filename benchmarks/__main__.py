@@ -1,7 +1,6 @@
 """`python -m benchmarks [--only pretrain,floor]`: where the time goes, ours beside what users would pick instead."""
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sidae_lib import augment, evaluate, experiments, published, train
+from sidae_lib import augment, evaluate, experiments, paths, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images
 
@@ -225,10 +224,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
     args = parser.parse_args(argv)
-    if args.data:
-        os.environ["SIDAE_DATA"] = str(args.data.resolve())
     chosen = args.only.split(",")
     try:
+        if args.data is not None:
+            paths.use_data(args.data)
         if unknown := [name for name in chosen if name not in SECTIONS]:
             raise SidaeError(f"Unknown section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}.")
         if args.repeats < 1:

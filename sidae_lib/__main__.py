@@ -4,13 +4,15 @@ import argparse
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import pandas as pd
 
 from . import evaluate, experiments, figures, methods, paths, runs, train
-from .config import RunConfig, SidaeError
+from .config import EvalConfig, RunConfig, SidaeError
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -68,22 +70,36 @@ def _plan(configs: list[runs.Config], hours: float, rate: float | None) -> None:
           f"{runs.machines(list(each.values()), 3600 * hours)} machines finish within {hours:g} hours.")
 
 
+def _stands(configs: Sequence[runs.Config], rates: dict[tuple, float]) -> str:
+    """How many of these are recorded, what is left and about how long that takes."""
+    configs, left = list(dict.fromkeys(configs)), runs.missing(configs)
+    if not left:
+        return f"all {len(configs):,} recorded"
+    training = sum(isinstance(c, RunConfig) and c.epochs > 0 for c in left)
+    evaluations = sum(isinstance(c, EvalConfig) for c in left)
+    each = runs.seconds_each(left, known=rates)
+    seconds = sum(each.values()) if each is not None else None
+    time = ("no time known yet" if seconds is None else f"about {seconds / 60:.1f} minutes" if seconds < 5400 else
+            f"about {seconds / 3600:,.1f} hours")  # fmt: skip
+    return (f"{len(configs) - len(left):,} of {len(configs):,} recorded; {training:,} runs to train and {evaluations:,} "
+            f"evaluations to make; {time}")
+
+
 def _list(args: argparse.Namespace) -> None:
+    rates = runs.rates()
     for scale in [args.scale] if args.scale else experiments.SCALES:
         experiments.scale_of(scale)
         print(f"{scale}:")
+        total: list[runs.Config] = []
         for name, build in experiments.FIGURES.items():
             try:
-                configs, evals = build(scale)
-                wanted = [*configs, *evals]
-                left = runs.missing(wanted)
-                training = sum(isinstance(c, RunConfig) and c.epochs > 0 for c in left)
-                seconds = runs.seconds_left(wanted) if left else 0.0
-                time = "time unknown, no such run is recorded" if seconds is None else f"about {seconds / 60:.1f} min"
-                print(f"  {name:24s} {len(wanted) - len(left)} of {len(wanted)} recorded"
-                      + (f", {training} runs to train, {time}" if left else ""))
+                with warnings.catch_warnings(action="ignore"):  # of a set that is missing; its own figure's line says so
+                    wanted = [c for part in build(scale) for c in part]
+                print(f"  {name:24s} {_stands(wanted, rates)}")
+                total += wanted
             except SidaeError as e:
                 print(f"  {name:24s} {e}")
+        print(f"  {'all, each once':24s} {_stands(total, rates)}")
 
 
 def _adopt(args: argparse.Namespace) -> None:
@@ -175,9 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     adopt.set_defaults(call=_adopt, data=None)
     commands.add_parser("readme", help="write the README's tables anew from the records").set_defaults(call=_readme, data=None)
     args = parser.parse_args(argv)
-    if args.data:
-        os.environ["SIDAE_DATA"] = str(Path(args.data).resolve())
     try:
+        if args.data is not None:
+            paths.use_data(args.data)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # while nothing trains there is nothing to save
         args.call(args)
     except KeyboardInterrupt:

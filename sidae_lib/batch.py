@@ -56,8 +56,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("seeds", "minutes", "cell_seconds", "jobs"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise SidaeError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name):g}.")
-    if args.data is not None and not Path(args.data).is_dir():
-        raise SidaeError(f"--data {args.data} is not a folder; name the one that holds the image sets.")
+    if args.data is not None:
+        paths.use_data(args.data)
     return args
 
 
@@ -116,8 +116,6 @@ def _writable(folder: Path) -> Path:
 
 def _environment(args: argparse.Namespace) -> None:
     """Says through the environment, which the kernels inherit, where data and records are."""
-    if args.data is not None:
-        os.environ["SIDAE_DATA"] = args.data
     if args.download:
         os.environ["SIDAE_DOWNLOAD"] = "1"
     if args.scheduler:

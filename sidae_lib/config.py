@@ -37,21 +37,24 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_hints = lru_cache(get_type_hints)  # a grid of the paper a hundred times over makes half a million configs
+@lru_cache  # a grid of the paper a hundred times over makes half a million configs
+def _hints(cls: type) -> dict[str, tuple[Any, tuple]]:
+    """Each field's type and, of a choice, what there is to choose from."""
+    return {name: (kind, get_args(kind)) for name, kind in get_type_hints(cls).items()}
 
 
 class _Config:
     """Strict construction, canonical JSON and the key, shared by the configs below."""
 
     def __post_init__(self) -> None:
-        for name, kind in _hints(type(self)).items():
+        for name, (kind, choices) in _hints(type(self)).items():
             value = getattr(self, name)
             if kind is int and type(value) is int:
                 self._require(abs(value) < 2**63, f"{name} must lie below 2^63.")
             if kind is float and type(value) in (int, float):
                 self._require(abs(value) < 1e300, f"{name} must be a finite number, not {value}.")
                 object.__setattr__(self, name, value := value + 0.0)  # 1 and 1.0 are one run, 0.0 and -0.0 too
-            if NoneType in (choices := get_args(kind)):
+            if NoneType in choices:
                 self._require(isinstance(value, choices), f"{name} must be a {choices[0].__name__} or None, not {value!r}.")
             elif choices:
                 self._require(value in choices, f"Unknown {name} {value!r}; choose from {', '.join(choices)}.")
@@ -82,7 +85,7 @@ class _Config:
         """Inverse of `to_dict`. Raises SidaeError on an unknown field or a wrong type."""
         if not isinstance(d, dict) or not all(isinstance(k, str) for k in d):
             raise SidaeError(f"A {cls.__name__} is a JSON object, not {type(d).__name__}.")
-        kinds = {k: next(iter(get_args(hint)), hint) for k, hint in _hints(cls).items()}  # of `X | None` it is X
+        kinds = {k: next(iter(choices), kind) for k, (kind, choices) in _hints(cls).items()}  # of `X | None` it is X
         return cls.create(**{k: v if v is None else getattr(kinds.get(k), "from_dict", lambda v: v)(v) for k, v in d.items()})
 
     def replace(self, /, **changes):

@@ -101,9 +101,16 @@ def identify(name: str, *, download: bool = False) -> str:
     several the one that published records use, so that figures replay without data. Raises as `load` does."""
     known = [f for f, (n, _) in KNOWN.items() if n == name]
     if known and _find(name, download) is None:
-        recorded = {json.loads(r.read_text())["config"]["data"] for r in paths.records().glob("*/record.json")}
+        folder = paths.records()
+        recorded = _recorded(folder, folder.stat().st_mtime_ns) if folder.is_dir() else ()
         return next((f for f in known if f in recorded), known[0])
     return load(name, download=download).fingerprint
+
+
+@lru_cache(maxsize=1)  # every figure asks for every set
+def _recorded(folder: Path, changed: int) -> set[str]:
+    """Fingerprints of the sets that the runs recorded in a folder, last changed then, were trained on."""
+    return {json.loads(r.read_text())["config"]["data"] for r in folder.glob("*/record.json")}
 
 
 def by_fingerprint(fingerprint: str, **load_kwargs) -> Images:

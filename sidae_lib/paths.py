@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from .config import SidaeError
+
 _above = Path(__file__).resolve().parents[1]
 ROOT = _above if (_above / "notebooks").is_dir() else Path.cwd()  # a checkout, or where an installed copy is used
 
@@ -15,6 +17,13 @@ def _folder(variable: str, default: str) -> Path:
 def data() -> Path:
     """Folder of the image sets (`SIDAE_DATA`, default `data/`)."""
     return _folder("SIDAE_DATA", "data")
+
+
+def use_data(folder: str | Path) -> None:
+    """Makes `folder` that of the image sets, for this process and those that it starts. Raises SidaeError if it is none."""
+    if not Path(folder).expanduser().is_dir():
+        raise SidaeError(f"--data {folder} is not a folder; name the one that holds the image sets.")
+    os.environ["SIDAE_DATA"] = str(Path(folder).expanduser().resolve())
 
 
 def runs() -> Path:

@@ -477,40 +477,42 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
     return [find(c) for c in configs]
 
 
-def seconds_each(configs: Sequence[Config], rate: float | None = None) -> dict[RunConfig, float] | None:
-    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike.
+def _shape(c: RunConfig) -> tuple:
+    """What an image's time depends on."""
+    return c.method in ("dae", "sidae"), c.backbone, c.stem, c.width, c.size, c.channels, c.batch
 
-    rate: images per second for runs that no record is like; None without a rate for some run. An evaluation of a kind
-    that is not recorded counts as nothing.
-    """
-    def shape(c: RunConfig) -> tuple:
-        return c.method in ("dae", "sidae"), c.backbone, c.stem, c.width, c.size, c.channels, c.batch
 
+def rates() -> dict[tuple, float]:
+    """Mean seconds of what is recorded: of an image by the run's shape, of an evaluation by its kind, labels and shape."""
     seen: dict[tuple, list[float]] = defaultdict(list)
     for r in every("*"):
         if "run_key" in r:
             c = EvalConfig.from_dict(r["config"])
-            seen[c.kind, c.labels, c.label_count, shape(c.run)].append(r["seconds"])
+            seen[c.kind, c.labels, c.label_count, _shape(c.run)].append(r["seconds"])
         elif r["images"]:
-            seen[shape(RunConfig.from_dict(r["config"]))].append(r["seconds"] / r["images"])
-    mean = {k: sum(v) / len(v) for k, v in seen.items()}
+            seen[_shape(RunConfig.from_dict(r["config"]))].append(r["seconds"] / r["images"])
+    return {k: sum(v) / len(v) for k, v in seen.items()}
+
+
+def seconds_each(configs: Sequence[Config], rate: float | None = None, known: dict[tuple, float] | None = None
+                 ) -> dict[RunConfig, float] | None:  # fmt: skip
+    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike.
+
+    rate: images per second for runs that no record is like; None without a rate for some run. An evaluation of a kind
+    that is not recorded counts as nothing.  known: `rates`, where they have been read already.
+    """
+    mean = rates() if known is None else known
     out: dict[RunConfig, float] = dict.fromkeys(map(_run, configs), 0.0)
     for c in configs:
         if isinstance(c, EvalConfig):
-            out[c.run] += mean.get((c.kind, c.labels, c.label_count, shape(c.run)), 0.0)
+            out[c.run] += mean.get((c.kind, c.labels, c.label_count, _shape(c.run)), 0.0)
         elif c.epochs:
-            if shape(c) not in mean and not rate:
+            if _shape(c) not in mean and not rate:
                 return None
-            known = data.TRAINING.get(data.KNOWN.get(c.data, ("",))[0]) if c.split == "train" else None
-            n = c.label_count or c.labels * (c.pool or known or len(_load(c.data, c).split(c.split).images))
-            out[c] += n * c.epochs * mean.get(shape(c), 1 / (rate or 1))
+            there = data.TRAINING.get(data.KNOWN.get(c.data, ("",))[0]) if c.split == "train" else None
+            n = c.label_count or c.labels * (c.pool or there or len(_load(c.data, c).split(c.split).images))
+            out[c] += n * c.epochs * mean.get(_shape(c), 1 / (rate or 1))
     return out
-
-
-def seconds_left(configs: Sequence[Config]) -> float | None:
-    """Estimated seconds of what has no record; None where no record is like it."""
-    each = seconds_each(missing(configs))
-    return None if each is None else sum(each.values())
 
 
 def machines(seconds: Sequence[float], deadline: float) -> int:

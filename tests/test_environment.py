@@ -162,9 +162,12 @@ def suite(scripts, bare) -> tuple[Path, dict[str, str]]:
     """A project of one good test, one slow bad one and one good notebook, and an environment that runs it."""
     (scripts / "tests").mkdir()
     (scripts / "notebooks").mkdir()
-    shutil.copy(ROOT / "tests" / "conftest.py", scripts / "tests")
+    shutil.copy(ROOT / "conftest.py", scripts)
     (scripts / "tests" / "test_a.py").write_text(
-        "import pytest\n\ndef test_good(): pass\n\n@pytest.mark.slow\ndef test_bad(): assert 0\n")
+        "import os, pytest\n\ndef test_good(): pass\n\n"
+        "def test_good_on_one_thread(): assert os.environ['OMP_NUM_THREADS'] == '1'\n\n"
+        "@pytest.mark.skip(reason='no such machine')\ndef test_elsewhere(): pass\n\n"
+        "@pytest.mark.slow\n@pytest.mark.parametrize('name', ['a b'])\ndef test_bad(name): assert 0\n")
     notebook(scripts, "import os, sidae_lib; from sidae_lib import paths",
              "assert not paths.runs().exists() and not paths.records().exists()",
              "assert 'inline' in __import__('matplotlib').get_backend()")
@@ -177,19 +180,25 @@ def notebook(folder: Path, *cells: str) -> None:
 
 
 @pytest.mark.slow
-def test_test_fails_when_a_test_or_a_notebook_does(suite):
+def test_the_last_line_says_what_ran_and_why_it_failed(suite):
     folder, env = suite
     good = run_all(folder, "test", env=env)
     assert good.returncode == 0, good.stdout + good.stderr
-    assert "1 passed, 1 deselected" in good.stdout and "3 passed" in good.stdout
+    assert good.stdout.splitlines()[-1] == ("2 tests and 3 notebook cells passed; 1 slow tests left out, --all runs them; "
+                                            "1 skipped: no such machine (1).")  # fmt: skip
+    assert len(re.findall(r"^\[(environment|tests|notebooks) (?:begins|ended after \d+ s)\]$", good.stdout, re.M)) == 6
     bad = run_all(folder, "test", "--all", env=env)
-    assert bad.returncode == 1 and "1 failed, 1 passed" in bad.stdout and "3 passed" in bad.stdout
-    assert bad.stdout.count("slowest 15 durations") == 2
+    assert bad.returncode == 1 and bad.stdout.count("slowest 15 durations") == 2
+    assert bad.stdout.splitlines()[-1] == ("2 tests and 3 notebook cells passed; 1 failed; the first alone: ./run_all.sh test "
+                                           "'tests/test_a.py::test_bad[a b]'; 1 skipped: no such machine (1).")  # fmt: skip
     notebook(folder, "1 / 0")
     bad = run_all(folder, "test", env=env)
-    assert bad.returncode == 1 and "1 passed, 1 deselected" in bad.stdout and "1 failed" in bad.stdout
+    assert bad.returncode == 1 and "1 failed; the first alone: ./run_all.sh test notebooks/00_a.ipynb;" in bad.stdout
+    for alone in (["notebooks/00_a.ipynb"], ["tests/test_a.py::test_bad[a b]"]):
+        done = run_all(folder, "test", *alone, env=env)
+        assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
     narrowed = run_all(folder, "test", "tests/test_a.py", "-k", "good", env=env)
-    assert narrowed.returncode == 0 and "1 passed" in narrowed.stdout and "notebooks" not in narrowed.stdout
+    assert narrowed.returncode == 0 and narrowed.stdout.splitlines()[-1].startswith("2 tests passed")
 
 
 @pytest.mark.skipif(not shutil.which("timeout"), reason="no timeout(1) here")

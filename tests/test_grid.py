@@ -185,7 +185,7 @@ def cli(*args: str, **env: str) -> subprocess.CompletedProcess:
 
 
 @slow
-def test_a_plan_of_the_paper_a_hundred_times_over(store):
+def test_a_plan_of_the_paper_a_hundred_times_over(store, cli):
     """Hours and machines by the rate given; nothing is computed."""
     once, often = (cli("run", "accuracy_vs_epochs", "--scale", "paper", "--seeds", str(n), "--plan", "24", "--rate", "8000")
                    for n in (5, 500))

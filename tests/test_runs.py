@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -124,11 +125,7 @@ def test_two_processes_train_it_once(config):
     assert sum("trained" in line for line in logs) == 1
 
 
-def cli(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "sidae_lib", *args], capture_output=True, text=True, cwd=paths.ROOT)
-
-
-def test_command_line(store):
+def test_command_line(store, cli):
     """Runs without Jupyter, says what is recorded; with --kinds only those evaluations, which nothing computes again."""
     some = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--kinds", "linear", "classifier")
     assert some.returncode == 0, some.stderr
@@ -136,16 +133,19 @@ def test_command_line(store):
     kinds = [r["kind"] for r in runs.every("eval-*", (paths.runs(),))]
     assert sorted(kinds) == 4 * ["classifier"] + 14 * ["linear"]
     before = {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")}
-    first = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
+    command = ("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
+    first = subprocess.run([sys.executable, "-m", "sidae_lib", *command], capture_output=True, text=True, cwd=paths.ROOT)
     assert first.returncode == 0, first.stderr
     assert "8 runs and 46 evaluations are recorded" in first.stdout and "trained simsiam" not in first.stdout
     kept = {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")}
     assert len(kept) == 8 + 46 and kept.items() >= before.items()
-    again = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--device", "cpu")
+    again = cli(*command)
     assert again.returncode == 0 and "trained simsiam" not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in paths.runs().glob("*/*.json")} == kept
-    listed = cli("list", "--scale", "smoke").stdout
-    assert "sidae_step_by_step" in listed and "1 of 1 recorded" in listed
+    listed = cli("list", "--scale", "smoke").stdout.splitlines()
+    assert listed[0] == "smoke:" and listed[1].split(maxsplit=1) == ["sidae_step_by_step", "all 1 recorded"]
+    assert re.fullmatch(r"  all, each once +5\d of ([\d,]+) recorded; \d+ runs to train and [\d,]+ evaluations to make; .*",
+                        listed[-1])
     table = figures.summary(figures.evaluations(list(runs.every("eval-*"))))
     assert len(table) == 46 and set(table["n"]) == {1} and table["se"].isna().all()
 
@@ -156,14 +156,15 @@ def test_command_line(store):
     (("run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "imagenet"), "no data set 'imagenet'"),
     (("run", "accuracy_vs_epochs", "--scale", "smoke", "--device", "tpu"), "Unknown device 'tpu'"),
     (("run", "accuracy_vs_epochs", "--scale", "laptop", "--datasets", "digits"), "no length for 'digits'"),
+    (("run", "accuracy_vs_epochs", "--scale", "laptop", "--data", "/nonexistent"), "--data /nonexistent is not a folder"),
 ])  # fmt: skip
-def test_command_line_refuses(store, args, sentence):
+def test_command_line_refuses(store, cli, args, sentence):
     done = cli(*args)
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
     assert not paths.runs().exists()
 
 
-def test_command_line_minutes(store):
+def test_command_line_minutes(store, cli):
     done = cli("run", "accuracy_vs_epochs", "--scale", "smoke", "--minutes", "0", "--device", "cpu")
     assert done.returncode == 0 and "Time is up" in done.stdout and "records are left" in done.stdout
 
@@ -212,7 +213,8 @@ def test_ten_thousand_records_to_a_table(store):
 
 def test_time_left_is_estimated_from_recorded_rates(config):
     longer = config.replace(epochs=3)
-    assert runs.seconds_left([longer]) is None  # nothing like it is recorded
+    assert runs.seconds_each([longer]) is None  # nothing like it is recorded
     [record] = runs.fetch_all([config], device="cpu", log=quiet)
-    assert runs.seconds_left([config]) == 0
-    assert runs.seconds_left([longer]) == pytest.approx(3 * 256 * record["seconds"] / record["images"], rel=1e-6)
+    expected = {longer: pytest.approx(3 * 256 * record["seconds"] / record["images"], rel=1e-6)}
+    assert runs.seconds_each([longer]) == runs.seconds_each([longer], known=runs.rates()) == expected
+    assert runs.seconds_each([]) == {}

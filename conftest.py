@@ -1,0 +1,104 @@
+"""Tests and notebooks alike: one thread a process, an empty store where a test wants one, and a last line that says it all."""
+
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest import mock
+
+import pytest
+from joblib import cpu_count
+
+# One test process a core (run_all.sh), so one thread each; for the processes that a test starts too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")  # before matplotlib is imported; run_all.sh lets the notebooks' kernels choose
+
+import sidae_lib  # noqa: E402, F401  (before torch: it says how OpenMP threads wait)
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow too")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(cpu_count(), 4)  # each takes one to two GiB
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--all") or any("::" in arg for arg in config.args)  # who names a test wants it
+    slow = [] if wanted else [item for item in items if item.get_closest_marker("slow")]
+    config.stash[LEFT_OUT] = len(slow)
+    if hasattr(config, "workeroutput"):  # a worker of xdist, whose caller counts no test that is left out
+        config.workeroutput["left out"] = len(slow)
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)  # every worker collects every test
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """The last line: what ran, what did not and why, and how to run the first failure alone. run_all.sh's stages add up what
+    they found in the file SIDAE_TESTED."""
+    result = yield
+    if hasattr(session.config, "workeroutput"):
+        return result
+    stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
+    cells = session.config.option.nbval or session.config.option.nbval_lax
+    reasons = [r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", [])]
+    found = {"what": "notebook cells" if cells else "tests", "passed": len(stats.get("passed", [])),
+             "failed": [r.nodeid for kind in ("failed", "error") for r in stats.get(kind, [])],
+             "skipped": Counter(reasons), "left out": session.config.stash.get(LEFT_OUT, 0)}
+    stages = [found]
+    if file := os.environ.get("SIDAE_TESTED"):
+        with open(file, "a+") as f:
+            f.seek(0)
+            stages = [*map(json.loads, f), found]
+            f.write(json.dumps(found) + "\n")
+    print(last_line(stages))
+    return result
+
+
+def last_line(stages: list[dict]) -> str:
+    failed = [nodeid for s in stages for nodeid in s["failed"]]
+    skipped = sum((Counter(s["skipped"]) for s in stages), Counter())
+    said = [" and ".join(f"{s['passed']:,} {s['what']}" for s in stages) + " passed"]
+    if failed:
+        first = failed[0].split("::")[0] if ".ipynb" in failed[0] else failed[0]  # a cell needs those before it
+        said.append(f"{len(failed)} failed; the first alone: ./run_all.sh test {shlex.quote(first)}")
+    if left := sum(s["left out"] for s in stages):
+        said.append(f"{left} slow tests left out, --all runs them")
+    if skipped:
+        said.append(f"{skipped.total()} skipped: " + ", ".join(f"{why} ({n})" for why, n in skipped.items()))
+    return "; ".join(said) + "."
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of this test's own that holds an empty store, no published records and its figures."""
+    for name in ("runs", "records", "figures"):
+        monkeypatch.setenv(f"SIDAE_{name.upper()}", str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., CompletedProcess[str]]:
+    """`python -m sidae_lib ...` in this process, which has imported all that a new one would spend seconds on."""
+    from sidae_lib.__main__ import main
+
+    def call(*args: str) -> CompletedProcess[str]:
+        capsys.readouterr()
+        with mock.patch.dict(os.environ):  # --data and --bundle are told to child processes through it
+            code = main([*args])
+        return CompletedProcess(args, code, *capsys.readouterr())
+
+    return call
