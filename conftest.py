@@ -90,6 +90,20 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture
+def trained(store: Path, session: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As `store`, but with the runs that other tests of this session have asked for: for those that only look at them."""
+    monkeypatch.setenv("SIDAE_RUNS", str(session / "trained"))
+    return store
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., CompletedProcess[str]]:
     """`python -m sidae_lib ...` in this process, which has imported all that a new one would spend seconds on."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import augment, networks, pairs
+from . import augment, networks, pairs, threads
 from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
@@ -277,6 +277,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
     check(config)
+    threads.fit()
     if config.kind == "pairs" and "train" not in images.splits:  # a pool: its labels, where it has any, serve for this alone
         images = replace(images, splits=dict.fromkeys(("train", "test"), images.split("unlabeled")))
     began, net = time.perf_counter(), networks.load(weights)

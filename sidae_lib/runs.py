@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import data, evaluate, methods, paths, train
+from . import data, evaluate, methods, paths, threads, train
 from .config import EvalConfig, RunConfig, SidaeError, digest
 
 Config = RunConfig | EvalConfig
@@ -313,7 +313,7 @@ class Job:
         """Trains the run, where it is not there with the backbones that are needed, and evaluates each checkpoint as it is
         passed; a record is filed at once. An evaluation that fails does not stop the training, and is raised at the end."""
         left, failed = sorted(self.evals, key=lambda c: (c.epoch, c.data)), []
-        with _locked(self.run):
+        with _locked(self.run), threads.fitted():
             before = record = found(self.run, log)
 
             def passed(epoch: int, files: dict[str, str]) -> None:

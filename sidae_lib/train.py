@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import __version__, augment, methods, networks, pairs, paths
+from . import __version__, augment, methods, networks, pairs, paths, threads
 from .augment import Params
 from .config import RunConfig, SidaeError, epoch_seed
 from .data import Images, subset
@@ -618,6 +618,8 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
         drawn = run.put(coming.result() if coming else run.draft(epoch))
         coming = ahead.submit(run.draft, epoch + 1) if device.type == "cuda" and epoch + 1 < end else None
         for a, b in run.bounds[run.step % per_epoch :]:
+            if run.mode == "eager":  # what is compiled is compiled for a number of threads
+                threads.fit()
             began = time.perf_counter()
             run.advance(drawn, a, b)
             if run.step % sync == 0 or run.step % per_epoch == 0:

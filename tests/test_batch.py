@@ -48,6 +48,7 @@ def copy(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(copy):
     write(copy, "00_raises", "import sys", "print('noise', file=sys.stderr); 1 / 0", "print('never')")
     write(copy, "01_dies", "import os", "os._exit(1)")
@@ -55,7 +56,7 @@ def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(copy):
     write(copy, "03_works", "import os, sidae_lib; from sidae_lib import paths",
           "print(scale, seeds, device, sidae_lib.__file__, os.environ['MPLBACKEND'], os.listdir(paths.runs()))")
     (copy / "runs" / "0123456789abcdef").mkdir(parents=True)
-    done = batch(copy, "--cell-seconds", "5")
+    done = batch(copy, "--cell-seconds", "3")
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and done.stderr == "", done.stderr
     for line, name, result in zip(lines, ("00_raises", "01_dies", "02_hangs", "03_works"),
@@ -73,6 +74,7 @@ def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(copy):
     assert "ZeroDivisionError" in html[0] and str(copy) in html[1]
 
 
+@pytest.mark.slow
 def test_every_parameter_arrives(copy, tmp_path):
     show = ("import os, sys; print(scale, seeds, device, minutes > 1, extra, sys.executable)",
             "print(os.environ['SIDAE_DATA'], os.environ['SIDAE_DOWNLOAD'], os.getcwd())")
@@ -93,6 +95,7 @@ def test_every_parameter_arrives(copy, tmp_path):
     assert not (copy / "executed" / "smoke" / "00_show.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_narrow_networks_are_trained_in_a_process_per_core(copy):
     write(copy, "00_show", "import os; address = os.environ.get('SIDAE_SCHEDULER')",
           "from distributed import Client; print(len(Client(address).nthreads()) if address else 'here')")  # fmt: skip
@@ -103,6 +106,7 @@ def test_narrow_networks_are_trained_in_a_process_per_core(copy):
         assert read(copy, "00_show", scale) == (f"{workers}\n" if workers > 1 else "here\n")
 
 
+@pytest.mark.slow
 def test_fresh_hides_the_records_and_deletes_nothing(copy):
     write(copy, "00_show", "from sidae_lib import paths",
           "for folder in (paths.runs(), paths.records()): print(folder.is_dir(), list(folder.iterdir()), folder)")

@@ -128,6 +128,7 @@ def test_python_too_old(scripts, bare, tmp_path):
     assert not (scripts / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path):
     shim(tmp_path / "shims", "python3", "exit 1")  # too old again, but a newer one stands beside it
     shim(tmp_path / "shims", "python3.12", f'exec "{sys.executable}" "$@"')
@@ -138,6 +139,7 @@ def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path
     assert not (scripts / ".venv" / "stamp").exists()
 
 
+@pytest.mark.slow
 def test_a_second_call_waits_for_the_first(scripts, bare):
     with (scripts / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -205,8 +207,8 @@ def test_the_last_line_says_what_ran_and_why_it_failed(suite):
 def test_test_fails_after_an_hour(suite, tmp_path):
     folder, env = suite
     (folder / "tests" / "test_a.py").write_text("import time\n\ndef test_endless(): time.sleep(600)\n")
-    shim(tmp_path / "shims", "timeout",  # the hour passes in five seconds
-         f'echo "limit $6"; shift 6; exec {shutil.which("timeout")} --foreground -s INT -k 30 5 "$@"')
+    shim(tmp_path / "shims", "timeout",  # the hour passes in three seconds
+         f'echo "limit $6"; shift 6; exec {shutil.which("timeout")} --foreground -s INT -k 30 3 "$@"')
     done = run_all(folder, "test", env=env)
     assert done.returncode == 1 and "more than 60 minutes" in done.stderr.splitlines()[-1]
     assert 3500 < int(re.search(r"limit (\d+)", done.stdout)[1]) <= 3600

@@ -561,7 +561,7 @@ def test_logistic_regression_is_scikit_learns():
         if features == "network":
             x, x_test = (networks.features(net, s.images, stats=(images.mean, images.std), device=torch.device("cpu"))
                          for s in (train_set, test))
-        for C in (0.01, 1.0):
+        for C in (0.01, 1.0) if features == "pixels" else (1.0,):
             model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-6, max_iter=10_000))
             model.fit(x.double().numpy(), train_set.labels.numpy())
             theirs = torch.from_numpy(model.predict(x_test.double().numpy()))

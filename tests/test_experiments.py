@@ -100,8 +100,9 @@ def draw(name: str, table: pd.DataFrame):
         table, *kind)
 
 
-@pytest.mark.parametrize("name", ["accuracy_vs_epochs", "w_sweep", "datasets_table", "fine_tuning", "stl_transfer", "tsne"])
-def test_a_chart_is_drawn_again_from_its_csv(name, store):
+@pytest.mark.parametrize("name", ["accuracy_vs_epochs", "w_sweep", "datasets_table", "fine_tuning", "tsne",
+                                  pytest.param("stl_transfer", marks=pytest.mark.slow)])  # fmt: skip
+def test_a_chart_is_drawn_again_from_its_csv(name, trained):
     configs, evals = getattr(experiments, name)("smoke", *([["digits"]] if name != "stl_transfer" else []))
     records = runs.fetch_all(evals, log=lambda _: None)
     if name == "tsne":
@@ -119,7 +120,7 @@ def test_a_chart_is_drawn_again_from_its_csv(name, store):
         assert all((paths.figures("smoke") / f"{name}.{s}").read_bytes() == b for s, b in first.items())
 
 
-def test_neighbours_are_drawn_from_the_record_or_from_the_data(store, monkeypatch):
+def test_neighbours_are_drawn_from_the_record_or_from_the_data(trained, monkeypatch):
     """The same pixels, frames and words either way; a record of today needs no data, one of before needs them."""
     configs, evals = experiments.tsne("smoke", ["digits"])
     (record,) = runs.fetch_all([e for e in evals if e.run.method == "untrained"], log=lambda _: None)

@@ -16,20 +16,16 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("figures")
-    with pytest.MonkeyPatch.context() as m:
-        for name in ("runs", "records", "figures"):
-            m.setenv(f"SIDAE_{name.upper()}", str(folder / name))
-        _, evals = experiments.accuracy_vs_epochs("smoke", ["digits"])
-        records = runs.fetch_all(evals, log=lambda _: None)
-        table = figures.summary(figures.evaluations(records))
-        figures.save(figures.accuracy_vs_epochs(table), "accuracy_vs_epochs", "smoke", table)
-        notebook = folder / "executed" / "01_accuracy_vs_epochs.html"
-        notebook.parent.mkdir()
-        notebook.write_text("<html><title>01</title></html>")
-        return figures.index("smoke", records, [notebook])
+@pytest.fixture
+def page_file(trained) -> Path:
+    _, evals = experiments.accuracy_vs_epochs("smoke", ["digits"])
+    records = runs.fetch_all(evals, log=lambda _: None)
+    table = figures.summary(figures.evaluations(records))
+    figures.save(figures.accuracy_vs_epochs(table), "accuracy_vs_epochs", "smoke", table)
+    notebook = trained / "executed" / "01_accuracy_vs_epochs.html"
+    notebook.parent.mkdir()
+    notebook.write_text("<html><title>01</title></html>")
+    return figures.index("smoke", records, [notebook])
 
 
 def test_the_page_names_what_it_shows(page_file):

@@ -4,6 +4,7 @@ Processes, signals, disks and files are real; killing.py says where a process di
 the full counts with --all.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -43,10 +44,16 @@ def scenarios(folder: Path, *wanted: list) -> dict:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory) -> dict:
-    """The short forms, all at once: importing the library takes longer than any of them."""
-    return scenarios(tmp_path_factory.mktemp("short"), ["killed", SHORT], ["asked_by_many", 3, 2], ["owner_dies", 3],
-                     ["signalled"], ["disk_full", 5, False], ["twice"])
+def short(session) -> dict:
+    """The short forms, all at once and once a session: importing the library takes longer than any of them."""
+    with open(session / "short.json", "a+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        if not (done := f.read()):
+            done = json.dumps(scenarios(session / "short", ["killed", SHORT], ["asked_by_many", 3, 2], ["owner_dies", 3],
+                                        ["signalled"], ["disk_full", 5, False], ["twice"]))  # fmt: skip
+            f.write(done)
+    return json.loads(done)
 
 
 def quiet(_: str) -> None:

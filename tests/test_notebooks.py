@@ -98,40 +98,36 @@ def test_validation_compares_the_run_keys_and_no_accuracy(path):
     assert "accuracy" not in text and "loss" not in text
 
 
-def validate(folder: Path, notebook: Path, edit: tuple[str, str, str] | None) -> subprocess.CompletedProcess:
-    """nbval on a copy of library and notebook, down to the cell that prints the keys, after one edit of the library."""
+def validate(folder: Path, notebooks: list[Path], edit: tuple[str, str, str] | None) -> str:
+    """nbval on a copy of library and notebooks, down to the cell that prints the keys, after one edit of the library: what
+    it said."""
     shutil.copytree(ROOT / "sidae_lib", folder / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
     if edit:
         module, old, new = edit
         source = (folder / "sidae_lib" / module).read_text()
         assert source.count(old) == 1
         (folder / "sidae_lib" / module).write_text(source.replace(old, new))
-    nb = nbformat.read(notebook, as_version=4)
-    nb.cells = nb.cells[: 1 + next(i for i, c in enumerate(nb.cells) if c.cell_type == "code" and checked(c))]
     (folder / "notebooks").mkdir()
-    nbformat.write(nb, folder / "notebooks" / notebook.name)
+    for notebook in notebooks:
+        nb = nbformat.read(notebook, as_version=4)
+        nb.cells = nb.cells[: 1 + next(i for i, c in enumerate(nb.cells) if c.cell_type == "code" and checked(c))]
+        nbformat.write(nb, folder / "notebooks" / notebook.name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env",
                "--nbval-cell-timeout=300", "--rootdir=.", "notebooks"]
     return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=300).stdout
 
 
 @pytest.mark.slow
-@each
-def test_validation_passes_on_the_library_as_it_is(tmp_path, path):
-    done = validate(tmp_path, path, None)
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("notebook, edit", [
-    (0, ("experiments.py", '"pred_hidden": 16', '"pred_hidden": 17')),
-    (1, ("experiments.py", '"pred_hidden": 16', '"pred_hidden": 17')),
-    (0, ("config.py", "lr: float = 0.03 ", "lr: float = 0.04 ")),  # not in the key, by design: the whole config is shown
+@pytest.mark.parametrize("notebooks, edit", [
+    ([0, 1], None),
+    ([0, 1], ("experiments.py", '"pred_hidden": 16', '"pred_hidden": 17')),
+    ([0], ("config.py", "lr: float = 0.03 ", "lr: float = 0.04 ")),  # not in the key, by design: the whole config is shown
 ])
-def test_validation_fails_on_a_changed_default(tmp_path, notebook, edit):
-    done = validate(tmp_path, NOTEBOOKS[notebook], edit)
-    assert done.returncode == 1 and "Cell outputs differ" in done.stdout and "1 failed" in done.stdout, done.stdout
+def test_validation_fails_on_a_changed_default_alone(tmp_path, notebooks, edit):
+    said = validate(tmp_path, [NOTEBOOKS[n] for n in notebooks], edit)
+    assert said.count("Cell outputs differ") == (len(notebooks) if edit else 0), said
+    assert (f"{len(notebooks)} failed" in said) == bool(edit) and " passed" in said, said
 
 
 @pytest.mark.slow

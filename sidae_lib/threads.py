@@ -1,0 +1,76 @@
+"""How many torch threads compute: as many as there are cores that nothing else uses.
+
+Threads of one process wait for one another after every operation. Where other work has one of their cores, the thread there
+is late each time, and all of them together are slower than one alone.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+STAT = Path("/proc/stat")  # Linux; elsewhere nothing is known of others, and torch's own number stays
+SECONDS = 1.0  # between looks; the kernel counts in hundredths
+
+
+class Look(NamedTuple):
+    """Seconds: of the clock, and of cores, those that work of normal priority has used and those of them that were ours."""
+
+    clock: float
+    used: float
+    own: float
+
+
+def look() -> Look | None:
+    """Now, or None where the machine does not tell. Work that is nice leaves its core to ours and does not count."""
+    if not STAT.exists():
+        return None
+    user, _, system = (int(v) / os.sysconf("SC_CLK_TCK") for v in STAT.read_text().split(maxsplit=4)[1:4])
+    own = os.times()
+    ours = own.system + own.children_system + (own.user + own.children_user) * (os.nice(0) <= 0)
+    return Look(time.monotonic(), user + system, ours)
+
+
+def free(before: Look, after: Look, cores: int) -> int:
+    """The whole cores that others left, at least one."""
+    others = (after.used - before.used - (after.own - before.own)) / (after.clock - before.clock)
+    return max(1, round(cores - others))
+
+
+_last = look()  # as early as can be: what happens from here to the first run shows how busy the machine is
+_most: int | None = None  # torch's own number of threads, while it is ours to change
+
+
+@contextmanager
+def fitted() -> Iterator[None]:
+    """Within, `fit` changes torch's number of threads; then it is as before. SIDAE_THREADS, where it is set, is that number,
+    whatever else runs."""
+    import torch  # late: the first look comes before it
+
+    global _most
+    before, fixed = torch.get_num_threads(), os.environ.get("SIDAE_THREADS")
+    try:
+        if fixed:
+            torch.set_num_threads(int(fixed))
+        else:
+            _most = before
+            fit()
+        yield
+    finally:
+        _most = None
+        torch.set_num_threads(before)
+
+
+def fit() -> None:
+    """Within `fitted`: as many threads as cores are free, at most torch's own number; looked at once a second."""
+    import torch
+
+    global _last
+    if _most in (None, 1) or _last is None or time.monotonic() - _last.clock < SECONDS:
+        return
+    now = look()
+    if now:
+        torch.set_num_threads(min(_most, free(_last, now, os.cpu_count() or 1)))
+    _last = now

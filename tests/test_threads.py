@@ -1,0 +1,118 @@
+"""As many threads as cores are free: the arithmetic, and real processes that spin on every core."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sidae_lib import experiments, paths, runs, threads
+from sidae_lib.threads import Look
+
+LINUX = pytest.mark.skipif(not threads.STAT.exists(), reason="only Linux says what else runs")
+SPIN = "import time; t = time.monotonic()\nwhile time.monotonic() - t < 60: pass"
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def spinning():
+    processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(os.cpu_count())]
+    yield
+    for p in processes:
+        p.kill()
+        p.wait()
+
+
+@pytest.mark.parametrize("used, own, cores, left", [
+    (20.0, 20.0, 2, 2),  # in ten seconds on two cores: all of it ours
+    (0.0, 0.0, 2, 2),
+    (20.0, 10.0, 2, 1),  # another has one core
+    (20.0, 6.7, 2, 1),  # two others and we share alike
+    (14.0, 10.0, 2, 2),  # less than half a core is no reason
+    (640.0, 0.0, 64, 1),  # at least one
+    (160.0, 40.0, 64, 52),
+])  # fmt: skip
+def test_free_is_what_others_left(used, own, cores, left):
+    assert threads.free(Look(100.0, 1000.0, 50.0), Look(110.0, 1000.0 + used, 50.0 + own), cores) == left
+
+
+def test_nice_work_and_idle_time_are_not_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    threads.STAT.write_text("cpu  300 7000 200 9000 11 12 13 14 15 16\ncpu0 1 2 3 4\n")
+    assert threads.look().used == 500 / os.sysconf("SC_CLK_TCK")
+
+
+def test_our_own_work_is_ours():
+    if (before := threads.look()) is None:
+        pytest.skip("only Linux says what else runs")
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    assert threads.look().own - before.own == pytest.approx(0.3, abs=0.05)
+
+
+@LINUX
+def test_a_run_beside_busy_processes_takes_one_thread(store, two_threads, spinning, monkeypatch):
+    monkeypatch.setattr(threads, "SECONDS", 0.3)
+    threads._last = threads.look()
+    time.sleep(1)
+    record, = runs.fetch_all([experiments.run("simsiam", "digits", "smoke", epochs=1)], device="cpu", log=lambda _: None)
+    assert record["provenance"]["threads"] == 1
+    assert torch.get_num_threads() == 2  # afterwards it is as it was
+
+
+def test_a_quiet_machine_gives_all_and_a_busy_one_takes_them(tmp_path, two_threads, monkeypatch):
+    """As the machine says how much was used; seen again once a second, and only within."""
+    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    ticks, seen = os.sysconf("SC_CLK_TCK"), []
+
+    def others(seconds: float) -> None:  # have used so many of cores since the machine started
+        own = os.times()
+        threads.STAT.write_text(f"cpu {round((own.user + own.children_user + seconds) * ticks)} 0 "
+                                f"{round((own.system + own.children_system) * ticks)} 0\n")  # fmt: skip
+
+    def later(seconds: float) -> None:  # by ten
+        others(seconds)
+        monkeypatch.setattr(threads, "_last", threads._last._replace(clock=threads._last.clock - 10))
+        threads.fit()
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    others(0)
+    monkeypatch.setattr(threads, "_last", threads.look())
+    with threads.fitted():
+        for total in (0, 20, 40, 40):  # nothing runs, two processes, two, nothing
+            later(total)
+        threads.STAT.write_text("no such numbers, but it is too early to look\n")
+        threads.fit()
+    assert seen == [2, 1, 1, 2] and torch.get_num_threads() == 2
+
+
+def test_a_number_that_is_asked_for_stays(two_threads, monkeypatch):
+    monkeypatch.setenv("SIDAE_THREADS", "3")
+    with pytest.raises(ZeroDivisionError), threads.fitted():
+        threads.fit()
+        assert torch.get_num_threads() == 3
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 2
+
+
+@LINUX
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["torch", "sidae_lib"])
+def test_whatever_is_imported_first(store, spinning, first):
+    code = (f"import {first}\nimport json, torch\nfrom sidae_lib import experiments, runs\ntorch.set_num_threads(2)\n"
+            "config = experiments.run('simsiam', 'digits', 'smoke', epochs=1)\n"
+            "print(json.dumps(runs.fetch_all([config], device='cpu', log=lambda _: None)[0]['provenance']))")  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said)["threads"] == 1
