@@ -40,6 +40,7 @@ def free(before: Look, after: Look, cores: int) -> int:
 
 
 _last = look()  # as early as can be: what happens from here to the first run shows how busy the machine is
+_free: int | None = None  # cores, as last seen
 _most: int | None = None  # torch's own number of threads, while it is ours to change
 
 
@@ -67,10 +68,10 @@ def fit() -> None:
     """Within `fitted`: as many threads as cores are free, at most torch's own number; looked at once a second."""
     import torch
 
-    global _last
-    if _most in (None, 1) or _last is None or time.monotonic() - _last.clock < SECONDS:
+    global _last, _free
+    if _most in (None, 1) or _last is None:
         return
-    now = look()
-    if now:
-        torch.set_num_threads(min(_most, free(_last, now, os.cpu_count() or 1)))
-    _last = now
+    if time.monotonic() - _last.clock >= SECONDS and (now := look()):
+        _last, _free = now, free(_last, now, os.cpu_count() or 1)
+    if _free and torch.get_num_threads() != (n := min(_most, _free)):
+        torch.set_num_threads(n)

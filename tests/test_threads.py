@@ -90,12 +90,18 @@ def test_a_quiet_machine_gives_all_and_a_busy_one_takes_them(tmp_path, two_threa
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     others(0)
     monkeypatch.setattr(threads, "_last", threads.look())
+    monkeypatch.setattr(threads, "_free", None)
     with threads.fitted():
-        for total in (0, 20, 40, 40):  # nothing runs, two processes, two, nothing
+        for total in (0, 20):  # nothing runs, then two processes
+            later(total)
+    assert torch.get_num_threads() == 2
+    with threads.fitted():  # the next run, at once, begins as the last one ended
+        seen.append(torch.get_num_threads())
+        for total in (40, 40):  # two processes, then nothing
             later(total)
         threads.STAT.write_text("no such numbers, but it is too early to look\n")
         threads.fit()
-    assert seen == [2, 1, 1, 2] and torch.get_num_threads() == 2
+    assert seen == [2, 1, 1, 1, 2] and torch.get_num_threads() == 2
 
 
 def test_a_number_that_is_asked_for_stays(two_threads, monkeypatch):
