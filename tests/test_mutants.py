@@ -1,0 +1,49 @@
+"""The faults of `mutants.py`, with which the tests are tried, cannot rot: each can be made, the tests it names are there."""
+
+import ast
+import json
+import re
+
+import mutants
+import pytest
+from mutants import MUTANTS, ROOT, Mutant
+
+AREAS = set("losses methods augment training resume store checkpoints readers evaluation claims grid notebooks".split())
+
+
+def test_there_are_thirty_and_every_area_is_among_them():
+    assert len(MUTANTS) == len({m.name for m in MUTANTS}) == 30
+    assert {m.name.split(".")[0] for m in MUTANTS} == AREAS
+
+
+@pytest.mark.parametrize("m", MUTANTS, ids=lambda m: m.name)
+def test_a_mutant_can_be_made_and_its_tests_are_there(m):
+    assert not mutants.wrong(m) and m.new != m.old
+    text = (ROOT / m.file).read_text().replace(m.old, m.new)
+    ast.parse(text) if m.file.endswith(".py") else json.loads(text)  # it does not merely crash
+    for test in m.tests.split():
+        path, _, function = test.partition("::")
+        assert f"def {re.sub(r'[[].*', '', function)}" in (ROOT / path).read_text() or not function, test
+    assert m.tests.startswith("tests/") or m.tests == m.file
+
+
+def test_what_cannot_be_tried_is_a_sentence(monkeypatch, capsys):
+    assert mutants.main(["no.such"]) == 2 and capsys.readouterr().err == "There is no mutant no.such; --help lists them.\n"
+    monkeypatch.setattr(mutants, "MUTANTS", [Mutant("a.b", "sidae_lib/losses.py", "Tensor", "", "tests/test_losses.py")])
+    assert mutants.main([]) == 2
+    assert re.fullmatch(r"a.b: its old text stands \d+ times in .*losses.py, not once; .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_what_is_killed_what_hangs_and_what_lives(monkeypatch, capsys):
+    before = (ROOT / "sidae_lib" / "losses.py").read_bytes()
+    scale, test = '    return scale * (a @ b.mT)\n', "tests/test_maps.py::test_similarities"
+    monkeypatch.setattr(mutants, "SECONDS", {"own": 60})
+    monkeypatch.setattr(mutants, "MUTANTS", [Mutant(name, "sidae_lib/losses.py", scale, new, test) for name, new in (
+        ("a.killed", "    return a @ b.mT\n"), ("a.lives", "    return (a @ b.mT) * scale\n"),
+        ("a.hangs", f"    while True:\n        pass\n{scale}"))])
+    assert mutants.main(["--own", "--jobs", "2"]) == 1
+    said = dict(re.findall(r"^(a\.\w+) +\d+ s  (.*)$", capsys.readouterr().out, re.M))
+    assert said == {"a.killed": f"killed by {test}", "a.lives": "survives its own tests",
+                    "a.hangs": "killed by the limit of 60 s"}  # fmt: skip
+    assert (ROOT / "sidae_lib" / "losses.py").read_bytes() == before
