@@ -82,11 +82,11 @@ MUTANTS = [Mutant(*m) for m in (
     ("store.key", "sidae_lib/config.py",
      "            if value != f.default:", "            if value and value != f.default:", "tests/test_config.py"),
     ("store.lock", "sidae_lib/runs.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH",
-     "tests/test_runs.py::test_two_processes_train_it_once"),
+     "tests/test_runs.py::test_who_works_on_a_run_shares_it_with_nobody"),
     ("store.rename_first", "sidae_lib/train.py",
      "            os.fsync(f.fileno())\n        os.replace(temporary, path)\n",
      "            os.replace(temporary, path)\n            os.fsync(f.fileno())\n",
-     "tests/test_train.py::test_write_is_whole_or_not_at_all tests/test_lost.py::test_killed_anywhere_and_started_again"),
+     "tests/test_train.py::test_what_gets_its_name_is_on_the_disk_whole"),
     # processes that share a bundle tear each other's lines
     ("store.torn_lines", "sidae_lib/runs.py",
      'os.write(file, line + b"\\n")', 'os.write(file, line)\n        os.write(file, b"\\n")', "tests/test_adopt.py"),
@@ -126,20 +126,21 @@ MUTANTS = [Mutant(*m) for m in (
     # threads of one worker draw initial weights from one generator at the same time
     ("grid.shared_generator", "sidae_lib/train.py",
      "with _SEEDING, torch.random.fork_rng(devices=[]):", "with torch.random.fork_rng(devices=[]):",
-     "tests/test_train.py tests/test_grid.py::test_one_worker_with_two_gpus_takes_two_runs"),
+     "tests/test_train.py::test_threads_draw_their_weights_one_after_the_other"),
 
     ("notebooks.scale", "notebooks/09_five_axes.ipynb",
      "experiments.five_axes(scale, datasets, seeds)", 'experiments.five_axes(\\"smoke\\", datasets, seeds)',
-     "tests/test_notebooks.py"),
+     "tests/test_notebooks.py::test_every_parameter_is_read"),
     # nothing that is printed depends on it
     ("notebooks.stop_gradient", "notebooks/00_sidae_step_by_step.ipynb",
-     '    "    z = z.detach()  # stop-gradient\\n",\n', "", "tests/test_notebooks.py"),
+     '    "    z = z.detach()  # stop-gradient\\n",\n', "",
+     "tests/test_notebooks.py::test_the_walk_stops_the_gradient_where_the_library_does"),
     ("notebooks.labels", "notebooks/10_your_own_images.ipynb",
      "own.STEPS[scale], labels=labels, minutes=budget,", "own.STEPS[scale], minutes=budget,",
      "notebooks/10_your_own_images.ipynb"),
     ("notebooks.column", "notebooks/07_pairwise_vs_triplet.ipynb",
      'ax.errorbar(at, own[\\"mean\\"], own[\\"se\\"]', 'ax.errorbar(at, own[\\"published\\"], own[\\"se\\"]',
-     "tests/test_notebooks.py"),
+     "tests/test_notebooks.py::test_the_reports_chart_shows_our_means"),
 )]  # fmt: skip
 
 

@@ -35,15 +35,14 @@ def test_what_cannot_be_tried_is_a_sentence(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_what_is_killed_what_hangs_and_what_lives(monkeypatch, capsys):
-    before = (ROOT / "sidae_lib" / "losses.py").read_bytes()
-    scale, test = '    return scale * (a @ b.mT)\n', "tests/test_maps.py::test_similarities"
-    monkeypatch.setattr(mutants, "SECONDS", {"own": 60})
-    monkeypatch.setattr(mutants, "MUTANTS", [Mutant(name, "sidae_lib/losses.py", scale, new, test) for name, new in (
-        ("a.killed", "    return a @ b.mT\n"), ("a.lives", "    return (a @ b.mT) * scale\n"),
-        ("a.hangs", f"    while True:\n        pass\n{scale}"))])
-    assert mutants.main(["--own", "--jobs", "2"]) == 1
-    said = dict(re.findall(r"^(a\.\w+) +\d+ s  (.*)$", capsys.readouterr().out, re.M))
-    assert said == {"a.killed": f"killed by {test}", "a.lives": "survives its own tests",
-                    "a.hangs": "killed by the limit of 60 s"}  # fmt: skip
-    assert (ROOT / "sidae_lib" / "losses.py").read_bytes() == before
+def test_what_is_killed_what_lives_and_what_takes_too_long(monkeypatch, capsys):
+    file, old, test = "sidae_lib/losses.py", "return scale * (a @ b.mT)", "tests/test_maps.py::test_similarities"
+    before = (ROOT / file).read_bytes()
+    monkeypatch.setattr(mutants, "MUTANTS", [Mutant("a.fault", file, old, "return a @ b.mT", test),
+                                             Mutant("a.no_fault", file, old, "return (a @ b.mT) * scale", test)])
+    assert mutants.main(["--own"]) == 1
+    said = dict(re.findall(r"^(\S+) +\d+ s  (.*)$", capsys.readouterr().out, re.M))
+    assert said == {"a.fault": f"killed by {test}", "a.no_fault": "survives its own tests"}
+    monkeypatch.setitem(mutants.SECONDS, "own", 1)
+    assert mutants.main(["--own", "a.no_fault"]) == 0 and "killed by the limit of 1 s" in capsys.readouterr().out
+    assert (ROOT / file).read_bytes() == before
