@@ -11,9 +11,15 @@ from mutants import MUTANTS, ROOT, Mutant
 AREAS = set("losses methods augment training resume store checkpoints readers evaluation claims grid notebooks".split())
 
 
+def there(test: str) -> bool:
+    path, _, function = test.partition("::")
+    return (ROOT / path).is_file() and (not function or f"def {function.partition('[')[0]}(" in (ROOT / path).read_text())
+
+
 def test_there_are_thirty_and_every_area_is_among_them():
     assert len(MUTANTS) == len({m.name for m in MUTANTS}) == 30
     assert {m.name.split(".")[0] for m in MUTANTS} == AREAS
+    assert all(map(there, re.findall(r"=(\S+)", mutants.WHOLE)))
 
 
 @pytest.mark.parametrize("m", MUTANTS, ids=lambda m: m.name)
@@ -21,9 +27,7 @@ def test_a_mutant_can_be_made_and_its_tests_are_there(m):
     assert not mutants.wrong(m) and m.new != m.old
     text = (ROOT / m.file).read_text().replace(m.old, m.new)
     ast.parse(text) if m.file.endswith(".py") else json.loads(text)  # it does not merely crash
-    for test in m.tests.split():
-        path, _, function = test.partition("::")
-        assert f"def {function.partition('[')[0]}(" in (ROOT / path).read_text() if function else (ROOT / path).is_file(), test
+    assert all(map(there, m.tests.split())), m.tests
     assert m.tests.startswith("tests/") or m.tests == m.file
 
 
