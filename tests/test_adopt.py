@@ -1,6 +1,7 @@
 """Records that another machine made are filed once, whole, and only where they belong."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -166,3 +167,13 @@ def test_what_paper_scale_decides_was_said_before():
     said = pd.read_csv(paths.ROOT / "sidae_lib" / "paper_scale.csv")
     claims = pd.read_csv(paths.ROOT / "sidae_lib" / "claims.csv")
     assert set(said["claim"]) <= set(claims["name"]) and set(said["claim"]) <= set(published.CLAIMS)
+
+
+def test_a_line_of_a_bundle_is_one_write(made, store, monkeypatch):
+    """Processes share the file: another's line may fall between two writes."""
+    (config, *_), _ = made
+    written, write, bundle = [], os.write, store / "shared.jsonl"
+    monkeypatch.setenv("SIDAE_BUNDLE", str(bundle))
+    monkeypatch.setattr(os, "write", lambda file, line: written.append(line) or write(file, line))
+    runs.keep(config, runs.find(config))
+    assert written == [bundle.read_bytes()] and written[0].endswith(b"}\n")

@@ -710,3 +710,10 @@ def test_downloads_only_when_asked(root, tmp_path, monkeypatch):
         f.unlink()
     with pytest.raises(SidaeError, match="mnist could not be downloaded to .*; check the network"):
         data.load("mnist", download=True)
+
+
+def test_a_split_that_lacks_a_class_keeps_the_labels_of_the_others(tmp_path):
+    x = pixels(4, 8, 8, 3)
+    place = write_folder(write_folder(tmp_path, x, [0, 1, 0, 1]), x[:2], [1, 1], "test")
+    images = data.load(f"folder:{place}", size=8)
+    assert images.split("test").labels.tolist() == [1, 1] and images.classes == ("ant", "bee")

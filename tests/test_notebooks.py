@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
+import torch.nn.functional as F
 from nbval.plugin import find_comment_markers
 
-from sidae_lib import experiments
+from sidae_lib import experiments, figures, losses
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -145,3 +148,43 @@ def test_more_seeds_reach_the_figure(store):
     assert set(two["n"]) == {2} and two["se"].notna().all() and len(two) == len(one)
     assert not one["mean"].equals(two["mean"])
     assert said == ["54 records are computed now, 0 are read", "54 records are computed now, 54 are read"]
+
+
+@each
+def test_every_parameter_is_read(path):
+    """And what chooses runs reaches the figure's function, as it is: at smoke scale a default would look the same."""
+    first, *rest = code(path)
+    declared = {line.target.id for line in ast.parse(first.source).body}
+    nodes = [node for cell in rest for node in ast.walk(ast.parse(cell.source))]
+    assert declared <= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    function = f"experiments.{path.stem.split('_', 1)[1]}"
+    call = next(n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == function)
+    assert ast.unparse(call.args[0]) == "scale"
+    assert {"datasets", "seeds", "protocols"} & declared <= {n.id for n in ast.walk(call) if isinstance(n, ast.Name)}
+
+
+def cell(number: int, holds: str, **scope) -> dict:
+    """The names that a notebook's cell leaves behind when it is run by itself, among these."""
+    exec(next(c.source for c in code(NOTEBOOKS[number]) if holds in c.source), scope)
+    return scope
+
+
+def test_the_walk_stops_the_gradient_where_the_library_does():
+    """Notebook 00 compares values, which are the same without."""
+    p1, p2, z1, z2 = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+    typed = cell(0, "def distance", F=F, p1=p1, p2=p2, z1=z1, z2=z2)["l_si"]
+    library = (losses.neg_cosine(p1, z2) + losses.neg_cosine(p2, z1)) / 2
+    for one, other in zip(*(torch.autograd.grad(v, (p1, p2, z1, z2), allow_unused=True) for v in (typed, library))):
+        assert one is other is None or torch.allclose(one, other)
+
+
+def test_the_reports_chart_shows_our_means():
+    """Notebook 07's marks and lines, where numbers, errors and the report's own numbers are told apart."""
+    shown = cell(7, "def dots", figures=figures, VIEWS={"none": "none", "report_simclr": "SimCLR's"})
+    own = pd.DataFrame({"augment": ["report_simclr", "none"], "mean": [60.0, 50.0], "se": [1.0, 2.0], "published": [70, 80]})
+    ax = plt.figure().subplots()
+    shown["dots"](ax, own, "o", "", 0.1)
+    shown["line"](ax, own, "", "--", 0.0)
+    marks, level = ax.lines
+    assert marks.get_xydata().tolist() == [[1.1, 60], [0.1, 50]] and level.get_ydata()[0] == 60
+    assert [bar.tolist() for bar in ax.containers[0][2][0].get_segments()] == [[[1.1, 59], [1.1, 61]], [[0.1, 48], [0.1, 52]]]

@@ -1,5 +1,6 @@
 """The store: computed once, found again, shared by processes, never half-written."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -218,3 +219,10 @@ def test_time_left_is_estimated_from_recorded_rates(config):
     expected = {longer: pytest.approx(3 * 256 * record["seconds"] / record["images"], rel=1e-6)}
     assert runs.seconds_each([longer]) == runs.seconds_each([longer], known=runs.rates()) == expected
     assert runs.seconds_each([]) == {}
+
+
+def test_who_works_on_a_run_shares_it_with_nobody(config):
+    with runs._locked(config), open(runs.folder(config) / "lock") as f, pytest.raises(BlockingIOError):
+        fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with open(runs.folder(config) / "lock") as f:
+        fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)  # it was given back

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -293,3 +294,28 @@ def test_a_gpu_begins_a_run_at_its_first_epoch():
     cuda = torch.device("cuda")
     assert not train.goes_on(cpu, cuda, "NVIDIA H100") and not train.goes_on(gpu + cpu, cuda, "NVIDIA H100")
     assert train.goes_on(gpu, cuda, "NVIDIA H100") and train.goes_on(gpu, CPU, "AMD EPYC") and train.goes_on([], cuda, "any")
+
+
+def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
+    """Where the power fails the old file is there or the new one: all of it is synced before it is renamed."""
+    done, sync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(("sync", os.fstat(fd).st_size)) or sync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("rename", a.stat().st_size)) or rename(a, b))
+    train.write(tmp_path / "a.json", b"new")
+    assert done == [("sync", 3), ("rename", 3)] and (tmp_path / "a.json").read_bytes() == b"new"
+
+
+def test_threads_draw_their_weights_one_after_the_other():
+    """They share torch's generator: what one draws under its seed does not depend on who begins meanwhile."""
+    def begin():
+        with train.seeded(2):
+            begun.set()
+
+    with train.seeded(1):
+        alone = torch.rand(3)
+    begun, other = threading.Event(), threading.Thread(target=begin)
+    with train.seeded(1):
+        other.start()
+        assert not begun.wait(0.2) and torch.equal(torch.rand(3), alone)
+    other.join()
+    assert begun.is_set()
