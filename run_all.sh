@@ -151,9 +151,10 @@ run_tests() {
     trap 'rm -rf "$scratch"' EXIT
     case "$*" in
         "" | --all)
-            export SIDAE_TESTED=$scratch/tested # for the last line, which speaks of both
+            export SIDAE_TESTED=$scratch/tested # for a last line that speaks of both
             stage tests "${pytest[@]}" -n auto --dist worksteal "$@" || code=1
             stage notebooks validate -n auto --dist loadfile notebooks || code=1
+            cat "$SIDAE_TESTED.line"
             ;;
         *.ipynb*) validate "$@" || code=1 ;;
         *) "${pytest[@]}" "$@" || code=1 ;;

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, data, runs, train
+from . import __version__, data, runs, threads, train
 from .config import RunConfig, SidaeError, digest
 
 os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # read on import, inherited; what failed the caller says
@@ -76,10 +76,10 @@ def _slot(device: str) -> Iterator[torch.device]:
     with suppress(AttributeError, TypeError):  # another C library; TypeError: Windows
         for name, value in _MALLOC.values():  # of a worker that `local` did not start
             ctypes.CDLL(None).mallopt(name, value)
-    threads = int(os.environ.get("SIDAE_THREADS") or max(1, CPU_COUNT // get_worker().state.nthreads))
-    torch.set_num_threads(threads)
-    if torch.get_num_threads() != threads:
-        raise SidaeError(f"This worker was to run with {threads} threads and has {torch.get_num_threads()}.")
+    number = threads.asked() or max(1, CPU_COUNT // get_worker().state.nthreads)
+    torch.set_num_threads(number)
+    if torch.get_num_threads() != number:
+        raise SidaeError(f"This worker was to run with {number} threads and has {torch.get_num_threads()}.")
     where = train.device_of(device)
     if where.type == "cpu":
         yield where

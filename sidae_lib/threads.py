@@ -5,11 +5,14 @@ is late each time, and all of them together are slower than one alone.
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from .config import SidaeError
 
 STAT = Path("/proc/stat")  # Linux; elsewhere nothing is known of others, and torch's own number stays
 SECONDS = 1.0  # between looks; the kernel counts in hundredths
@@ -25,9 +28,10 @@ class Look(NamedTuple):
 
 def look() -> Look | None:
     """Now, or None where the machine does not tell. Work that is nice leaves its core to ours and does not count."""
-    if not STAT.exists():
+    try:
+        user, _, system = (int(v) / os.sysconf("SC_CLK_TCK") for v in STAT.read_text().split(maxsplit=4)[1:4])
+    except (OSError, ValueError):
         return None
-    user, _, system = (int(v) / os.sysconf("SC_CLK_TCK") for v in STAT.read_text().split(maxsplit=4)[1:4])
     own = os.times()
     ours = own.system + own.children_system + (own.user + own.children_user) * (os.nice(0) <= 0)
     return Look(time.monotonic(), user + system, ours)
@@ -39,9 +43,17 @@ def free(before: Look, after: Look, cores: int) -> int:
     return max(1, round(cores - others))
 
 
+def asked() -> int | None:
+    """SIDAE_THREADS, or None where it is not set. Raises SidaeError if it is no number of threads."""
+    text = os.environ.get("SIDAE_THREADS") or None
+    if text and not (text.isdecimal() and int(text)):
+        raise SidaeError(f"SIDAE_THREADS must be a number of threads, 1 or more, not {text!r}.")
+    return int(text) if text else None
+
+
 _last = look()  # as early as can be: what happens from here to the first run shows how busy the machine is
 _free: int | None = None  # cores, as last seen
-_most: int | None = None  # torch's own number of threads, while it is ours to change
+_here = threading.local()  # most: torch's number of threads, of each Python thread, while it is ours to change
 
 
 @contextmanager
@@ -50,17 +62,16 @@ def fitted() -> Iterator[None]:
     whatever else runs."""
     import torch  # late: the first look comes before it
 
-    global _most
-    before, fixed = torch.get_num_threads(), os.environ.get("SIDAE_THREADS")
+    before, fixed = torch.get_num_threads(), asked()
     try:
         if fixed:
-            torch.set_num_threads(int(fixed))
+            torch.set_num_threads(fixed)
         else:
-            _most = before
+            _here.most = before
             fit()
         yield
     finally:
-        _most = None
+        _here.most = None
         torch.set_num_threads(before)
 
 
@@ -69,9 +80,10 @@ def fit() -> None:
     import torch
 
     global _last, _free
-    if _most in (None, 1) or _last is None:
+    most = getattr(_here, "most", None)
+    if most in (None, 1) or _last is None:
         return
     if time.monotonic() - _last.clock >= SECONDS and (now := look()):
         _last, _free = now, free(_last, now, os.cpu_count() or 1)
-    if _free and torch.get_num_threads() != (n := min(_most, _free)):
+    if _free and torch.get_num_threads() != (n := min(most, _free)):
         torch.set_num_threads(n)

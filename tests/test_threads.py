@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sidae_lib import experiments, paths, runs, threads
+from sidae_lib.config import SidaeError
 from sidae_lib.threads import Look
 
 LINUX = pytest.mark.skipif(not threads.STAT.exists(), reason="only Linux says what else runs")
@@ -50,6 +51,10 @@ def test_nice_work_and_idle_time_are_not_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
     threads.STAT.write_text("cpu  300 7000 200 9000 11 12 13 14 15 16\ncpu0 1 2 3 4\n")
     assert threads.look().used == 500 / os.sysconf("SC_CLK_TCK")
+    threads.STAT.write_text("what another system says")
+    assert threads.look() is None
+    threads.STAT.unlink()
+    assert threads.look() is None
 
 
 def test_our_own_work_is_ours():
@@ -111,6 +116,14 @@ def test_a_number_that_is_asked_for_stays(two_threads, monkeypatch):
         assert torch.get_num_threads() == 3
         raise ZeroDivisionError
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_a_number_that_is_none_is_one_sentence(monkeypatch, value):
+    monkeypatch.setenv("SIDAE_THREADS", value)
+    with pytest.raises(SidaeError, match=f"SIDAE_THREADS must be a number of threads, 1 or more, not '{value}'."):
+        with threads.fitted():
+            pass
 
 
 @LINUX
