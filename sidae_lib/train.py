@@ -382,7 +382,7 @@ class Run:
             lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
             self._learn(self.samples(drawn, slice(a, b)), lr)
         self.step += 1
-        self.method.after_step(self.step / self.steps)
+        self.method.after_step(self.step, self.steps)
 
     def _learn(self, samples: tuple, lr: float | Tensor) -> None:
         """Loss, gradient, optimiser, and the epoch's sums: asks no value of the device."""

@@ -66,8 +66,8 @@ class Method(nn.Module):
         """Further scalars for the record, taken now and then on one batch; arguments as in `loss`."""
         return {}
 
-    def after_step(self, progress: float) -> None:
-        """Fill queues, move momentum weights and centres from what `loss` staged; progress in [0, 1] of the run."""
+    def after_step(self, step: int, steps: int) -> None:
+        """Fill queues, move momentum weights and centres from what `loss` staged, after step 1, 2, ... of `steps`."""
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, S, S) normalised -> (B, F): what probes see."""
@@ -103,6 +103,7 @@ def follow(target: nn.Module, m: float, *parts: nn.Module) -> None:
     get_ema_multi_avg_fn(m)(list(target.parameters()), [p for part in parts for p in part.parameters()], None)
 
 
-def raised(m: float, progress: float) -> float:
-    """BYOL's momentum, m at the start and 1 at the end by a cosine (arXiv:2006.07733, Sec. 3.3)."""
-    return 1 - (1 - m) * (math.cos(math.pi * progress) + 1) / 2
+def raised(m: float, step: int, steps: int) -> float:
+    """BYOL's momentum after step 1, 2, ... of `steps`: m after the first, raised to 1 by a cosine that its last step does
+    not quite reach (arXiv:2006.07733, Sec. 3.3, k = step - 1; the official code of BYOL and DINO counts so too)."""
+    return 1 - (1 - m) * (math.cos(math.pi * (step - 1) / steps) + 1) / 2

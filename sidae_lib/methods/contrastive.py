@@ -117,7 +117,7 @@ class MoCo(Contrastive):
         key = (torch.arange(sim.shape[1], device=sim.device) == 0).expand_as(sim)
         return losses.info_nce(sim / self.config.tau, key, F.pad(self.kin(image, self.queue.id), (1, 0)))
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, step: int, steps: int) -> None:
         """The queue takes this step's keys after they were compared; the keys' network moves before the next ones."""
         self.queue.push(*self.staged)
         follow(self.keys, self.config.ema, self.backbone, self.projector)
@@ -158,7 +158,7 @@ class NNCLR(Contrastive):
         own = torch.eye(len(p), dtype=torch.bool, device=p.device)
         return losses.info_nce(losses.cosine(self.queue.z[nearest], p) / self.config.tau, own, self.kin(a, b) & ~own)
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, step: int, steps: int) -> None:
         self.queue.push(*self.staged)
 
 

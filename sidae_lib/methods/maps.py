@@ -80,12 +80,12 @@ class Composed(Method):
             self.heads[str(k)] = networks.Embedding(widths[k], widths[0]) if crossed and k else normal
         self.register_buffer("place", torch.empty(len(self.pairs), 2, config.batch))
         self.register_buffer("map", torch.empty(len(self.pairs)))
-        self.after_step(0.0)
+        self.after_step(0, 1)
 
-    def after_step(self, progress: float) -> None:
+    def after_step(self, step: int, steps: int) -> None:
         """Draw where the next step's anchors lie: a function of (seed, step), and part of the state."""
         if self.extract != "vector":
-            generator = Generator().manual_seed(epoch_seed(self.config.seed, progress))
+            generator = Generator().manual_seed(epoch_seed(self.config.seed, step / steps))
             self.place.copy_(torch.rand(self.place.shape, generator=generator))
             self.map.copy_(torch.rand(self.map.shape, generator=generator))
 
