@@ -183,8 +183,9 @@ def scoreboard(frames: Mapping[str, pd.DataFrame], scale: str) -> pd.DataFrame:
     (family-wise 5 %); and, where the sign is right and the interval wide, what would decide it.
     """
     frames = {figure: frame[finished(frame)] for figure, frame in frames.items() if len(frame)}
-    rows = [row for c in pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples() if c.figure in frames
-            for row in _judged(c, frames[c.figure])]
+    claimed = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
+    claimed = claimed[claimed["figure"].isin(frames)]
+    rows = [row for _, same in claimed.groupby("claim", sort=False) for row in _judged(list(same.itertuples()), frames)]
     numbers = _values(frames[TABLE], scale) if TABLE in frames else pd.DataFrame()
     board = pd.concat([numbers, pd.DataFrame(rows)]).reindex(columns=BOARD).replace([np.inf, -np.inf], np.nan)
     return board.round(dict.fromkeys(BOARD, 2) | {"p": 4}).reset_index(drop=True)
@@ -221,12 +222,16 @@ def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
     return out
 
 
-def _judged(c: Any, frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The cases of a claim, a row of claims.csv, each judged alone and all together."""
+def _cases(c: Any, frame: pd.DataFrame) -> Cases:
+    """What a row of claims.csv compares; `both_needed` looks for its w on validation images, all others read test images."""
+    asked = frame if c.name == "both_needed" else frame[frame["scored"] == "test"]
+    return CLAIMS[c.name](asked) if c.name in CLAIMS else _scenarios(asked, c.sides, c.case)
+
+
+def _judged(rows: Sequence[Any], frames: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """The cases of a claim, the rows of claims.csv with its words, each judged alone and all together."""
+    c, cases = rows[0], [(name, d) for row in rows for name, d in _cases(row, frames[row.figure]) if len(d)]
     limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
-    asked = frame if c.name == "both_needed" else frame[frame["scored"] == "test"]  # which looks for its w on validation
-    found = CLAIMS[c.name](asked) if c.name in CLAIMS else _scenarios(asked, c.sides)
-    cases = [(name, d) for name, d in found if len(d)]
     tested = [k for k, (_, d) in enumerate(cases) if len(d) >= SEEDS]
     kept = dict(zip(tested, holm([cases[k][1].p(*limits) for k in tested])))
     after = [d.verdict(*limits) if kept.get(k) else "undecided" for k, (_, d) in enumerate(cases)]
@@ -270,13 +275,14 @@ def _comparable(row: Any, scale: str) -> str:
     return verdict + ", data copy" * ("copy" in row.display)
 
 
-def _scenarios(frame: pd.DataFrame, query: str) -> Cases:
+def _scenarios(frame: pd.DataFrame, query: str, case: str) -> Cases:
     """The student report's, with none of its confounds undone."""
     if "undone" in frame:
         frame = frame[frame["undone"] == ""]
         shown = dict.fromkeys(name for q in query.split(" > ") for name in frame.query(q)["display"])
+        name = ", ".join([*shown, *[case] * bool(case)])
         if all(len(frame.query(q)) for q in query.split(" > ")):
-            yield ", ".join(shown), sides(frame, query)
+            yield name, sides(frame, query)
 
 
 # --- SidAE ---------------------------------------------------------------------------------------------------------
