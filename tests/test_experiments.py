@@ -8,9 +8,8 @@ from sidae_lib import data, experiments, figures, paths, runs
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from tests.test_data import write_stl
 
-
 RECIPE_1 = ("094fe7b56ed1ddd9", "54eb9413e71a7d90", "62888f3fba65269c", "717e75a0238bd7c3", "9b88f5264c42e5f0",
-            "fa33f0f7624d003a")  # records/: four of five_axes, two of semantic_pairs
+            "fa33f0f7624d003a")  # records/: four of five_axes, two of semantic_pairs  # fmt: skip
 
 
 def test_the_ends_of_the_sweep_are_the_autoencoder_and_simsiam():
@@ -67,8 +66,9 @@ def test_the_lead_is_against_the_better_of_the_two():
 def test_records_of_an_older_recipe_are_read_and_enter_no_figure():
     """The laptop runs of BYOL and DINO whose momentum ran a step ahead: found by their configs, asked for by no figure, not
     made again; today's run of the same fields is asked for instead."""
-    asked = {c.key() for scale in experiments.SCALES for need in experiments.needs(scale, ["five_axes", "semantic_pairs"]).values()
-             for part in need for c in part}  # fmt: skip
+    theirs = ("five_axes", "semantic_pairs")
+    needs = [need for s in experiments.SCALES for need in experiments.needs(s, theirs).values()]
+    asked = {c.key() for need in needs for part in need for c in part}
     found = [runs.read(path) for key in RECIPE_1 for path in sorted((paths.records() / key).glob("*.json"))]
     assert len(found) == 6 + 14
     for record in found:

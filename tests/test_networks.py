@@ -256,8 +256,7 @@ def test_zero_init_is_one_weight_a_block_and_another_start_of_the_same_network(n
     configs = [RunConfig(method="moco_v2", data="0", backbone=name, width=4, zero_init=z) for z in (False, True)]
     plain, zero = (torch.manual_seed(0) and networks.backbone(c) for c in configs)
     moved = [k for k, v in plain.state_dict().items() if not torch.equal(v, zero.state_dict()[k])]
-    assert moved == [f"layer{n}.{k}.bn2.weight" for n, stage in enumerate((zero.layer1, zero.layer2, zero.layer3, zero.layer4), 1)
-                     for k in range(len(stage))]  # fmt: skip
+    assert moved == [f"layer{n}.{k}.bn2.weight" for n in range(1, 5) for k in range(len(zero.get_submodule(f"layer{n}")))]
     assert not any(zero.get_parameter(k).any() for k in moved)
     x = noise(2, 4, 8, 8).relu()
     assert torch.equal(zero.layer1(x), x) and not torch.equal(plain.layer1(x), x)  # a block is its shortcut

@@ -1,4 +1,4 @@
-"""BYOL, VICReg, Barlow Twins and DINO against loops typed here; and what holds for every method of the two files."""
+"""BYOL, VICReg, Barlow Twins and DINO; and what holds for every method of the two files. Step by step: test_three_steps."""
 
 import copy
 import math
@@ -66,32 +66,6 @@ def test_momentum_weights():
 # --- BYOL -----------------------------------------------------------------------------------------------------------
 
 
-def test_byol_three_steps_deep():
-    m = build("byol", ema=0.9)
-    online, q = copy.deepcopy(nn.Sequential(m.backbone, m.projector)), copy.deepcopy(m.predictor)
-    target = copy.deepcopy(online)
-    for n in range(3):
-        (v1, v2), batch = inputs(n)
-        loss = 0
-        z1, z2 = online(v1), online(v2)
-        with torch.no_grad():
-            t1, t2 = target(v1), target(v2)
-        for p, t in ((q(z1), t2), (q(z2), t1)):
-            loss = loss + ((F.normalize(p, dim=1) - F.normalize(t, dim=1)) ** 2).sum(1).mean()
-        weights = [*online.parameters(), *q.parameters()]
-        grads = torch.autograd.grad(loss, weights)
-        momentum = 1 - 0.1 * (math.cos(math.pi * n / 3) + 1) / 2
-        with torch.no_grad():
-            for p, g in zip(weights, grads, strict=True):
-                p -= 0.1 * g
-            for t, p in zip(target.parameters(), online.parameters(), strict=True):
-                t.copy_(momentum * t + (1 - momentum) * p)
-        assert step(m, (v1, v2), batch, n + 1, 3)["loss"].item() == approx(loss.item(), rel=1e-5)
-        ours = [*m.backbone.parameters(), *m.projector.parameters(), *m.predictor.parameters(), *m.target.parameters()]
-        for a, b in zip(ours, [*weights, *target.parameters()], strict=True):
-            assert torch.allclose(a, b, atol=1e-6)
-
-
 def test_byol_in_closed_form():
     m, (_, batch) = build("byol"), inputs()
     m.backbone = m.projector = m.target = nn.Identity()
@@ -139,44 +113,6 @@ def test_both_views_get_a_gradient_and_the_last_layer_is_linear(method):
 
 
 # --- DINO -----------------------------------------------------------------------------------------------------------
-
-
-def test_dino_three_steps_deep():
-    """Loss, entropy, centre and momentum weights; the prototypes wait for the second epoch."""
-    m = build("dino", ema=0.9)
-    student = copy.deepcopy(nn.Sequential(m.backbone, m.projector))
-    weight = m.prototypes.weight.detach().clone().requires_grad_()
-    teacher, teacher_weight, centre = copy.deepcopy(student), weight.detach().clone(), torch.zeros(P)
-
-    def scores(net, w, v):
-        return F.normalize(net(v), dim=1) @ F.normalize(w, dim=1).T
-
-    for n in range(3):  # of four epochs: the first step ends the first epoch
-        views, batch = inputs(n)
-        s = [scores(student, weight, v).double() for v in views]
-        with torch.no_grad():
-            t = [scores(teacher, teacher_weight, v) for v in views]
-            p = [((x - centre).double() / 0.04).softmax(1) for x in t]
-        loss = sum(-p[b][r, k] * (s[a][r] / 0.1).log_softmax(0)[k] for a, b in ((0, 1), (1, 0))
-                   for r in range(B) for k in range(P)) / (2 * B)  # fmt: skip
-        entropy = sum(-(x * x.log()).sum(1).mean() for x in p) / 2
-        weights = [*student.parameters(), weight]
-        grads = torch.autograd.grad(loss, weights)
-        momentum = 1 - 0.1 * (math.cos(math.pi * n / 4) + 1) / 2
-        with torch.no_grad():
-            for w, g in zip(weights, grads, strict=True):
-                if n > 0 or w is not weight:
-                    w -= 0.1 * g
-            for a, b in zip([*teacher.parameters(), teacher_weight], weights, strict=True):
-                a.copy_(momentum * a + (1 - momentum) * b)
-        centre = 0.9 * centre + 0.1 * torch.cat(t).mean(0)
-        out = step(m, views, batch, n + 1, 4)
-        assert out["loss"].item() == approx(loss.item(), rel=1e-5)
-        assert out["teacher_entropy"].item() == approx(entropy.item(), rel=1e-4)
-        assert torch.allclose(m.centre, centre, atol=1e-6)
-        ours = [*m.backbone.parameters(), *m.projector.parameters(), m.prototypes.weight, *m.teacher.parameters()]
-        for a, b in zip(ours, [*weights, *teacher.parameters(), teacher_weight], strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_weight_decay_does_not_turn_the_frozen_prototypes():
