@@ -77,6 +77,26 @@ def test_count_is_the_so_many_highest_below_the_upper_bound(tile, count, spread,
     assert set(listed(few)) == dense(z, 0.9, high).keys()
 
 
+@pytest.mark.parametrize("tile", [37, 100, 2048])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_equal_and_opposite_images_lie_within_every_bound_of_a_cosine(tile, sign, monkeypatch):
+    """Rounded, the cosine of a vector with itself is 1.0000000000000002 for a third of them."""
+    half = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    z, twins = torch.cat([half, sign * half]), {(i, i + 100) for i in range(100)}
+    norm = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64)
+    assert ((half.double().square().sum(1) / norm**2) > 1).any()
+    monkeypatch.setattr(pairs, "TILE", tile)
+    for low, high in ((-1, 1), (-2, 2), (-3, 1)):
+        found = pairs.mine(z, k=200, low=low, high=high)
+        assert len(found.i) == 200 * 199 // 2 and (found.i < found.j).all() and found.score.abs().max() == 1
+    if sign > 0:
+        for low, high, count in ((-1, 1, None), (-1, 1, 100), (1 - 1e-9, 1, None)):
+            found = pairs.mine(z, k=200, low=low, high=high, count=count)
+            assert set(listed(found)[:100]) == twins and (found.score[:100] == 1).all()
+    else:
+        assert set(listed(pairs.mine(z, k=200, low=-1, high=-1 + 1e-9))) == twins
+
+
 def test_ordered_lists_both_directions():
     z = clustered(200)
     once, both = (pairs.mine(z, k=200, low=0.9, high=0.99, ordered=o) for o in (False, True))
