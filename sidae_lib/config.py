@@ -298,6 +298,7 @@ class EvalConfig(_Config):
     features: Literal["backbone", "pixels", "pca"] = "backbone"  # report: what is classified; pca: 32 components
     points: int = 1000  # tsne: test images on the map at most, drawn by label_seed
     perplexity: float = 30.0  # tsne
+    pair_recipe: int = 1  # pairs: 2 names a list made anew because the first had lost a pair of equal images to rounding
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -310,6 +311,8 @@ class EvalConfig(_Config):
         cached = (self.kind, self.augment, self.bn) == ("linear", "none", "eval")
         self._require(self.repeats == 1 or cached and self.repeats < 256, f"repeats is for kind linear on cached features, at "
                       f"most 255, not {self.repeats} of kind {self.kind}.")  # fmt: skip
+        self._require(1 <= self.pair_recipe <= 1 + (self.kind == "pairs"),
+                      f"pair_recipe is 1, or 2 of kind pairs, not {self.pair_recipe} of kind {self.kind}.")  # fmt: skip
         self._require(0 <= self.epoch <= run.epochs,
                       f"epoch must lie in 0 to {run.epochs}, the length of its run, got {self.epoch}.")  # fmt: skip
         self._require(-1 <= self.fold <= 9, f"fold must lie in 0 to 9, or be -1 for all, got {self.fold}.")

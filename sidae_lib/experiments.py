@@ -319,8 +319,8 @@ def semantic_pairs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int
         runs += [*mine, *(one(m, seed) for m in ("simsiam", "simclr", "nnclr", "fnc"))]
         moco, own = one("moco_v2", seed), round(k / (1437 if dataset == "digits" else 50_000), 4)
         asked = [(one(m, seed), {}) for m in ("sidae", "simsiam", "simclr")]  # Table 1; then Figure 2, epochs, K, Tiny ImageNet
-        asked += [(one("moco_v2", n), {"epoch": e, "augment": a}) for n in several for e in (0, -1)
-                  for a in ("none", moco.augment)]  # fmt: skip
+        asked += [(one("moco_v2", n), {"epoch": e, "augment": a, "pair_recipe": 1 + ((n, e, a) == (2, 0, moco.augment))})
+                  for n in several for e in (0, -1) for a in ("none", moco.augment)]  # fmt: skip
         asked += [(moco, {"epoch": e}) for e in checkpoints(moco, s.points)] + [(moco, {"labels": n}) for n in among]
         asked += [(moco, {"data": data.identify("tinyimagenet32"), "labels": 0.1})] if dataset == "cifar10" else []
         evals += [EvalConfig(run=r, kind="pairs", **{"labels": own} | more) for r, more in asked]

@@ -97,6 +97,15 @@ def test_equal_and_opposite_images_lie_within_every_bound_of_a_cosine(tile, sign
         assert set(listed(pairs.mine(z, k=200, low=-1, high=-1 + 1e-9))) == twins
 
 
+def test_the_one_recorded_list_that_had_lost_a_pair_is_asked_for_anew():
+    """MoCo v2 of seed 2 before training: the views of images 4511 and 48661 are equal, and its first list has no such pair."""
+    asked = [e for e in experiments.semantic_pairs("laptop")[1] if e.kind == "pairs"]
+    (anew,) = (e for e in asked if e.pair_recipe == 2)
+    old = anew.replace(pair_recipe=1)
+    assert old not in asked and (anew.run.seed, anew.epoch, anew.augment) == (2, 0, "simclr")
+    assert [4511, 48661] not in [p[:2] for p in runs.find(old)["pairs"]["list"]]  # the old record stays readable
+
+
 def test_ordered_lists_both_directions():
     z = clustered(200)
     once, both = (pairs.mine(z, k=200, low=0.9, high=0.99, ordered=o) for o in (False, True))
