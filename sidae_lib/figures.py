@@ -76,7 +76,8 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
                          "method": run.method if features == "backbone" else features}  # fmt: skip
             classes = (name.split(" - ")[0] for name in r["classes"])  # MNIST calls one "8 - eight"
             others = {"top3": r["top3"], "knn": r["knn"]} | dict(zip(classes, r["per_class"]))
-            rows += [rows[-1] | {"metric": name, "accuracy": value} for name, value in others.items()]
+            rows += [rows[-1] | {"metric": name, "accuracy": np.nan if value is None else value}
+                     for name, value in others.items()]  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -667,7 +668,7 @@ def pair_table(pairs: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]
     for r in rivals:
         name = r["config"]["method"]
         for e in r["epochs"]:
-            share = e["nn_accuracy"] if name == "nnclr" else e["fn_right"] / max(e["fn_found"], 1e-9)
+            share = e["nn_accuracy"] if name == "nnclr" else e["fn_right"] / (e["fn_found"] or np.nan)
             rows.append({"panel": "epoch", "series": f"{NAMES[name]}, while training", "x": e["epoch"], "accuracy": 100 * share,
                          "colour": COLOURS[name], "line": "--", "hardware": hardware(r["provenance"])})  # fmt: skip
     points, by = [], ["panel", "series", "colour", "line", "x"]

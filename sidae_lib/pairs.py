@@ -158,9 +158,9 @@ def find(config: RunConfig, images: Images, rows: Tensor, device: torch.device) 
 def report(pairs: Pairs, labels: Tensor | None = None) -> dict[str, Any]:
     """A list of pairs in numbers: its hash; ordered, unordered: how many there are with both directions and with one;
     images: distinct ones; low, high: extreme cosines. With labels (int64, one per image): the pair accuracy in percent
-    with its 95 % interval, and for each class the number of its pairs and their accuracy, a pair counting for both ends.
-    The interval is Wilson's at the effective number of pairs, since those that share an anchor i are not independent
-    (Kish's design effect, from the variance between anchors)."""
+    with its 95 % interval, and for each class the number of its pairs and their accuracy (of none: None), a pair counting
+    for both ends. The interval is Wilson's at the effective number of pairs, since those that share an anchor i are not
+    independent (Kish's design effect, from the variance between anchors)."""
     if not len(pairs.i):
         return {"ordered": 0, "unordered": 0, "images": 0}
     i, j = torch.stack([torch.cat([pairs.i, pairs.j]), torch.cat([pairs.j, pairs.i])]).cpu()
@@ -181,5 +181,5 @@ def report(pairs: Pairs, labels: Tensor | None = None) -> dict[str, Any]:
         number, good = (labels[i].bincount(w, minlength=int(labels.max()) + 1) for w in (None, right))
         out |= {"accuracy": round(100 * p, 4), "interval": [round(100 * v, 4) for v in (centre - half, centre + half)],
                 "class_pairs": number.tolist(),
-                "class_accuracy": [round(v, 4) for v in (100 * good / number.clamp(min=1)).tolist()]}  # fmt: skip
+                "class_accuracy": [round(100 * g / k, 4) if k else None for g, k in zip(good.tolist(), number.tolist())]}
     return out
