@@ -100,8 +100,9 @@ def test_the_type_of_the_same_pixels_makes_no_difference(x, kind):
 
 @pytest.mark.parametrize(("x", "other"), [
     (U8, U8 / 255), (U8, np.float32(U8 / 127.5 - 1)), (U8, (U8 - 127.0) / 74), (U8, (U8 > 127) * 1.0),
-    (U8, U8.astype(int) * 257), (U8 / 255, U8), (U8 / 255.0, U8 * 1.0), (U8 * 257.0, U8), (DIGITS.images[:12], DIGITS.images[:12] / 16),
-    (DIGITS.images[:12], DIGITS.images[:12] * 100), (DIGITS.images[:12] / 16, DIGITS.images[:12]), (U8 > 127, U8),
+    (U8, U8.astype(int) * 257), (U8 / 255, U8), (U8 / 255.0, U8 * 1.0), (U8 * 257.0, U8), (U8 > 127, U8),
+    (DIGITS.images[:12], DIGITS.images[:12] / 16),
+    (DIGITS.images[:12], DIGITS.images[:12] * 100), (DIGITS.images[:12] / 16, DIGITS.images[:12]),
 ])  # fmt: skip
 def test_pixels_on_another_scale_are_one_sentence(x, other):
     estimator = SidAEFeatures(**SMALL | {"batch": 12}).fit(x)
