@@ -200,10 +200,10 @@ def main(argv: list[str] | None = None) -> int:
         print("Stopped; what was recorded is kept, and the same call goes on from there.")
         return 130
     except train.Stopped as e:
-        print(e)
+        print(e, *getattr(e, "__notes__", ()), sep="\n")
         return 130 if "Stopped by" in str(e) else 0  # a signal, and not what --minutes or --until asked for
     except SidaeError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", *getattr(e, "__notes__", ()), sep="\n", file=sys.stderr)  # of what is not ours, its traceback
         return 2
     return 0
 

@@ -63,9 +63,33 @@ def test_published_records_are_found_and_never_written(config, monkeypatch):
 
 def test_one_that_fails_does_not_stop_the_others(config):
     bad = config.replace(lr=1e30)
-    with pytest.raises(SidaeError, match=f"1 of 2 runs failed \\(simsiam {bad.key()}\\), the rest are kept.*not finite"):
+    with pytest.raises(SidaeError, match=f"1 of 2 runs failed, the rest are kept. simsiam {bad.key()}: .*not finite"):
         runs.fetch_all([bad, config], device="cpu", log=quiet)
     assert runs.find(config) and not runs.find(bad)
+
+
+def test_whatever_fails_is_named_and_the_rest_is_kept(config):
+    """A network beyond any memory and a map of fewer points than neighbours fail inside of other libraries, in their way."""
+    bad, few = config.replace(hidden=2**40), EvalConfig(run=config, kind="tsne", points=5)
+    good = [config, EvalConfig(run=config, kind="knn"), config.replace(seed=1)]
+    with pytest.raises(SidaeError, match=f"(?s)2 of 3 runs failed, the rest are kept.*simsiam {bad.key()}: .*RuntimeError: "
+                                         f".*simsiam {config.key()}: tsne {few.key()}: ValueError: perplexity") as e:
+        runs.fetch_all([bad, few, *good], device="cpu", log=quiet)
+    assert runs.missing([bad, few, *good]) == [bad, few]
+    assert isinstance(e.value.__cause__, SidaeError)
+    assert [note.splitlines()[-1].split(":")[0] for note in e.value.__notes__] == ["RuntimeError", "ValueError"]
+    assert all("Traceback" in note and ", line " in note for note in e.value.__notes__)
+
+
+def test_a_listener_that_stops_the_process_stops_it(config, monkeypatch):
+    """What is no error but the wish to end is never put off until the rest is done."""
+    def leave(config, history):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(train, "LISTENERS", [leave])
+    with pytest.raises(SystemExit):
+        runs.fetch_all([config, config.replace(seed=1)], device="cpu", log=quiet)
+    assert len(runs.missing([config, config.replace(seed=1)])) == 2
 
 
 @pytest.mark.parametrize("wrong, sentence", [
