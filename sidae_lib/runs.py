@@ -116,10 +116,15 @@ def _line(record: Record) -> bytes:
 
 
 def keep(config: Config, record: Record) -> Record:
-    """Files a record, with its checksum; the caller holds the lock."""
+    """Files a record, with its checksum; the caller holds the lock. Raises SidaeError for one that `read` would refuse."""
     record = {k: v for k, v in record.items() if k != "check"}
-    record["check"] = digest(record)
-    line = _line(record)
+    try:
+        record["check"] = digest(record)
+        _parsed((line := _line(record)).decode())
+    except UNREADABLE as e:
+        size = len(json.dumps(record)) / 2**20
+        raise SidaeError(f"The record of {config.key()} cannot be filed: it has {size:.1f} MiB, of at most {RECORD_BYTES >> 20}, "
+                         "or holds a number that is none. Nothing is written.") from e  # fmt: skip
     train.write(folder(config) / _name(config), line)
     if bundle := os.environ.get("SIDAE_BUNDLE"):  # in one write, so that several processes may share the file
         file = os.open(bundle, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

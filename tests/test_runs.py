@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from sidae_lib import evaluate, experiments, figures, paths, runs, train
+from sidae_lib import data, evaluate, experiments, figures, paths, runs, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 
 
@@ -59,6 +60,35 @@ def test_published_records_are_found_and_never_written(config, monkeypatch):
     assert runs.find(config) == record and list(runs.every("record")) == [record]
     runs.fetch_all([config, EvalConfig(run=config, kind="knn")], device="cpu", log=quiet)
     assert {p: p.read_bytes() for p in published.iterdir()} == before
+
+
+def test_what_could_not_be_read_is_not_written(config):
+    """Three thousand classes as rows, a NaN, an integer beyond any count: refused while the store is as it was."""
+    [record] = runs.fetch_all([config], device="cpu", log=quiet)
+    path = runs.folder(config) / "record.json"
+    before = path.read_bytes()
+    for wrong in ([[0] * 3000] * 3000, float("nan"), 10**19):
+        with pytest.raises(SidaeError, match=f"record of {config.key()} cannot be filed.*at most 16.*Nothing is written"):
+            runs.keep(config, record | {"confusion": wrong})
+        assert path.read_bytes() == before and [p.name for p in path.parent.glob("*.json")] == ["record.json"]
+
+
+def test_three_thousand_classes_are_recorded_once(store, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(256, size=(3000, 4, 4), dtype=np.uint8), np.arange(3000)
+    monkeypatch.setenv("SIDAE_DATA", str(store))
+    np.savez(store / "many.npz", train_images=x, train_labels=y, test_images=255 - x[:200], test_labels=y[:200])
+    e = EvalConfig(run=RunConfig(method="untrained", data=data.identify("many"), augment="none", backbone="small_cnn", epochs=0),
+                   kind="knn", k=1)
+    said: list[str] = []
+    [record] = runs.fetch_all([e], device="cpu", log=said.append)
+    assert len(record["per_class"]) == 3000 and sum(n for *_, n in record["confusion"]) == record["n_test"] == 200
+    assert (runs.folder(e) / f"eval-{e.key()}.json").stat().st_size < 300_000
+    made = dict.fromkeys(runs.folder(e).iterdir())
+    assert runs.fetch_all([e], device="cpu", log=said.append) == [record] and not any("aside" in line for line in said)
+    assert dict.fromkeys(runs.folder(e).iterdir()) == made
+    matrix = evaluate.confusion(record)
+    assert matrix.sum(1).tolist() == [1] * 200 + [0] * 2800 and 100 * matrix.trace() / 200 == pytest.approx(record["accuracy"])
 
 
 def test_one_that_fails_does_not_stop_the_others(config):
