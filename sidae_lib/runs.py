@@ -21,6 +21,7 @@ from .config import EvalConfig, RunConfig, SidaeError, digest
 
 Config = RunConfig | EvalConfig
 Record = dict[str, Any]
+GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|TITAN|AMD (Radeon|Instinct)")  # what names of CUDA devices begin with
 RECORD_BYTES = 2**24  # of one record file: a run of 200 epochs takes 60 thousand
 # An integer of 19 digits or more: JSON, but neither an index nor a count, and too long for a float column.
 LONG = re.compile(r"[\[,:]\s*-?\d{19}")
@@ -123,8 +124,8 @@ def keep(config: Config, record: Record) -> Record:
         _parsed((line := _line(record)).decode())
     except UNREADABLE as e:
         size = len(json.dumps(record)) / 2**20
-        raise SidaeError(f"The record of {config.key()} cannot be filed: it has {size:.1f} MiB, of at most {RECORD_BYTES >> 20}, "
-                         "or holds a number that is none. Nothing is written.") from e  # fmt: skip
+        raise SidaeError(f"The record of {config.key()} cannot be filed: it has {size:.1f} MiB, of at most "
+                         f"{RECORD_BYTES >> 20}, or holds a number that is none. Nothing is written.") from e  # fmt: skip
     train.write(folder(config) / _name(config), line)
     if bundle := os.environ.get("SIDAE_BUNDLE"):  # in one write, so that several processes may share the file
         file = os.open(bundle, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -358,7 +359,8 @@ class Job:
                     try:
                         if own is None:
                             images = _load(config.data or config.run.data, config.run)
-                            own = keep(config, evaluate.evaluate(config, images, backbone(self.run, config.epoch), device=device))
+                            made = evaluate.evaluate(config, images, backbone(self.run, config.epoch), device=device)
+                            own = keep(config, made)
                         self.records.append((config, own))
                     except Exception as e:
                         failed[f"{config.kind} {config.key()}"] = e
@@ -509,10 +511,14 @@ def _shape(c: RunConfig) -> tuple:
     return c.method in ("dae", "sidae"), c.backbone, c.stem, c.width, c.size, c.channels, c.batch
 
 
-def rates() -> dict[tuple, float]:
-    """Mean seconds of what is recorded: of an image by the run's shape, of an evaluation by its kind, labels and shape."""
+def rates(device: str = "auto") -> dict[tuple, float]:
+    """Mean seconds of what is recorded on devices of one kind, CPUs or GPUs, since a GPU's hours are a CPU's weeks: of an image
+    by the run's shape, of an evaluation by its kind, labels and shape.  device: cpu, cuda, or auto, the kind that is here."""
+    cuda = device == "cuda" or train.device_of(device).type == "cuda"  # one may plan for a GPU without having it
     seen: dict[tuple, list[float]] = defaultdict(list)
     for r in every("*"):
+        if bool(GPU.match(r["provenance"]["device"])) != cuda:
+            continue
         if "run_key" in r:
             c = EvalConfig.from_dict(r["config"])
             seen[c.kind, c.labels, c.label_count, _shape(c.run)].append(r["seconds"])
@@ -523,10 +529,11 @@ def rates() -> dict[tuple, float]:
 
 def seconds_each(configs: Sequence[Config], rate: float | None = None, known: dict[tuple, float] | None = None
                  ) -> dict[RunConfig, float] | None:  # fmt: skip
-    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike.
+    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike, on a device of
+    the kind that is here.
 
     rate: images per second for runs that no record is like; None without a rate for some run. An evaluation of a kind
-    that is not recorded counts as nothing.  known: `rates`, where they have been read already.
+    that is not recorded counts as nothing.  known: `rates`, where they have been read already or are another device's.
     """
     mean = rates() if known is None else known
     out: dict[RunConfig, float] = dict.fromkeys(map(_run, configs), 0.0)

@@ -205,8 +205,9 @@ def test_npz_found_by_name_with_labels_of_the_unlabeled_split(root):
     ([0, 1, 2, 0], [2, 2], None, ("0", "1", "2"), [0, 1, 2, 0])])
 def test_class_numbers_without_an_image_or_a_name_go(root, train, test, unlabeled, names, numbers):
     x = pixels(4, 32, 32, 3)
-    arrays = {"train": train} | ({} if test is None else {"test": test}) | ({} if unlabeled is None else {"unlabeled": unlabeled})
-    np.savez(root / "gaps.npz", **{k: v for s, y in arrays.items() for k, v in ((f"{s}_images", x[:len(y)]), (f"{s}_labels", y))})
+    arrays = {s: y for s, y in (("train", train), ("test", test), ("unlabeled", unlabeled)) if y is not None}
+    np.savez(root / "gaps.npz", **{f"{s}_images": x[:len(y)] for s, y in arrays.items()},
+             **{f"{s}_labels": y for s, y in arrays.items()})
     for _ in range(2):  # decoded, then from the cache
         images = data.load("gaps")
         assert images.classes == names and images.split("train").labels.tolist() == numbers

@@ -147,7 +147,8 @@ def files(folder: Path) -> dict[str, bytes | str]:
 @pytest.fixture
 def stub(bare, tmp_path) -> dict[str, str]:
     """A python3 that says it was asked for an environment, and makes none: what happens before and after is run_all.sh's."""
-    shim(tmp_path / "shims", "python3", f'case "$*" in "-m venv"*) echo "venv $*" >&2; exit 1;; esac; exec "{sys.executable}" "$@"')
+    shim(tmp_path / "shims", "python3",
+         f'case "$*" in "-m venv"*) echo "venv $*" >&2; exit 1;; esac; exec "{sys.executable}" "$@"')
     return bare
 
 
@@ -302,6 +303,17 @@ def test_the_library_needs_no_jupyter():
                     "sys.argv = ['sidae', 'list', '--scale', 'smoke']; "
                     "runpy.run_module('sidae_lib', run_name='__main__')")
     assert "accuracy_vs_epochs" in listed
+
+
+def test_no_git_on_the_machine(tmp_path):
+    """Slim images have none: a run and its evaluation are made, of no known commit."""
+    code = ("from sidae_lib import experiments, runs; from sidae_lib.config import EvalConfig; "
+            "c = experiments.run('simsiam', 'digits', 'smoke', epochs=1); "
+            "made = runs.fetch_all([c, EvalConfig(run=c, kind='knn')], log=lambda _: None); "
+            "print({r['provenance']['commit'] for r in made})")
+    env = os.environ | {"PATH": str(tmp_path), "SIDAE_RUNS": str(tmp_path / "runs"), "SIDAE_RECORDS": str(tmp_path / "records")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "{None}\n", done.stderr
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import torch
 
 from sidae_lib import data, evaluate, experiments, figures, paths, runs, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
@@ -78,8 +80,8 @@ def test_three_thousand_classes_are_recorded_once(store, monkeypatch):
     x, y = rng.integers(256, size=(3000, 4, 4), dtype=np.uint8), np.arange(3000)
     monkeypatch.setenv("SIDAE_DATA", str(store))
     np.savez(store / "many.npz", train_images=x, train_labels=y, test_images=255 - x[:200], test_labels=y[:200])
-    e = EvalConfig(run=RunConfig(method="untrained", data=data.identify("many"), augment="none", backbone="small_cnn", epochs=0),
-                   kind="knn", k=1)
+    run = RunConfig(method="untrained", data=data.identify("many"), augment="none", backbone="small_cnn", epochs=0)
+    e = EvalConfig(run=run, kind="knn", k=1)
     said: list[str] = []
     [record] = runs.fetch_all([e], device="cpu", log=said.append)
     assert len(record["per_class"]) == 3000 and sum(n for *_, n in record["confusion"]) == record["n_test"] == 200
@@ -273,6 +275,31 @@ def test_time_left_is_estimated_from_recorded_rates(config):
     expected = {longer: pytest.approx(3 * 256 * record["seconds"] / record["images"], rel=1e-6)}
     assert runs.seconds_each([longer]) == runs.seconds_each([longer], known=runs.rates()) == expected
     assert runs.seconds_each([]) == {}
+
+
+def test_a_gpus_seconds_are_no_cpus(config, cli):
+    """What a GPU and an AMD processor with a Radeon inside have recorded tells each kind its own; of none nothing is said."""
+    evaluation = EvalConfig(run=config, kind="knn", labels=0.1)
+    made = runs.fetch_all([config, evaluation], device="cpu", log=quiet)
+    seconds = {}
+    for n, name in enumerate(("NVIDIA H100 80GB HBM3", "AMD Instinct MI300X", "AMD Ryzen 7 5800H with Radeon Graphics"), 1):
+        for c, r in zip((config, evaluation), made):
+            c = c.replace(seed=n) if c is config else c.replace(run=config.replace(seed=n))
+            (folder := paths.records() / runs._run(c).key()).mkdir(parents=True, exist_ok=True)
+            own = r | {"config": c.to_dict(), "key": c.key(), "seconds": 256.0 * 10**n, "provenance": {"device": name}}
+            (folder / runs._name(c)).write_text(json.dumps({k: v for k, v in own.items() if k != "check"}))
+    shutil.rmtree(paths.runs())
+    wanted = [config, EvalConfig(run=config, kind="knn", labels=0.1)]
+    for device, each in (("cpu", 1000), ("cuda", 55)):
+        assert runs.seconds_each(wanted, known=runs.rates(device)) == {config: pytest.approx(2 * 256 * each)}
+        seconds[device] = runs.rates(device)
+    assert runs.rates() == seconds[train.device_of("auto").type]
+    shutil.rmtree(paths.records() / config.replace(seed=3).key())  # the only CPU's
+    assert runs.seconds_each(wanted, known=runs.rates("cpu")) is None and runs.rates("cuda") == seconds["cuda"]
+    plan = ("run", "accuracy_vs_epochs", "--scale", "smoke", "--plan", "1", "--device")
+    assert "No such run is recorded on a CPU, so its time is unknown" in cli(*plan, "cpu").stdout
+    if not torch.cuda.is_available():
+        assert cli("list", "--scale", "smoke").stdout.splitlines()[-1].endswith("; no time known on a CPU")
 
 
 def test_who_works_on_a_run_shares_it_with_nobody(config):
