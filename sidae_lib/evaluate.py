@@ -280,11 +280,11 @@ def confusion(record: dict[str, Any]) -> np.ndarray:
 
 
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
-    """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows, which `confusion` reads. Kind
-    `pairs` mines among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end. With
-    repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the last epoch `right` says of
-    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind `tsne` keeps of every query
-    itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the neighbours.
+    """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows, which `confusion` reads.
+    Kind `pairs` mines among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one
+    end. With repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the last epoch `right`
+    says of every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind `tsne` keeps of
+    every query itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the neighbours.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
