@@ -1,10 +1,11 @@
 """One recorded run trained again: are its numbers those that the record holds, but for what devices differ by?
 
 A device, its number of threads, torch's version and the order in which a convolution sums change the last bits; training
-multiplies them. How far that goes was measured on eleven published runs, repeated on a processor of another generation: by one
-thread and by two they end as far apart. Over the first epoch no mean moved by more than 0.6 % of the largest that the run has;
-later by up to 12 %, and by 58 % where SimSiam's loss only begins to fall (four epochs). Accuracies moved by up to 2.1 standard
-errors, those of that SimSiam by 6.2. What lies further off is another experiment, or a record that was altered.
+multiplies them. How far that goes was measured on nine published runs of seven methods, repeated on another processor of the
+same name. Over the first epoch no mean moved by more than 0.6 % of the largest that the run has; later by up to 12 %, and by
+58 % in one SimSiam of four epochs, whose loss only begins to fall: with one thread and with two it ends as far apart on one
+machine. Accuracies moved by up to 2.1 standard errors, those of that SimSiam by 6.2. What lies further off is another
+experiment, or a record that was altered.
 """
 
 import math
