@@ -113,6 +113,15 @@ def test_whatever_fails_on_a_worker_is_named_with_its_traceback(two):
     assert runs.missing([beyond, bad, *good]) == [beyond, bad]
 
 
+def test_what_this_machine_cannot_file_does_not_stop_the_others(two, monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDAE_RUNS", str(tmp_path))  # the workers have another store
+    configs = [run(14), run(15), run(16)]
+    (tmp_path / configs[0].key()).write_text("a file where the run's folder would be")
+    with pytest.raises(SidaeError, match=f"1 of 3 runs failed, .*simsiam {configs[0].key()}: .*cannot be written"):
+        runs.fetch_all(configs, client=two[0], device="cpu", log=lambda _: None)
+    assert runs.missing(configs) == configs[:1]
+
+
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux lists its sockets there")
 def test_nothing_listens_to_the_outside(two):
     opened = {address for address, pid in listening() - two[1]}

@@ -113,6 +113,15 @@ def test_whatever_fails_is_named_and_the_rest_is_kept(config):
     assert all("Traceback" in note and ", line " in note for note in e.value.__notes__)
 
 
+def test_the_command_line_shows_where_it_failed(store, cli, monkeypatch):
+    """The sentence first, then the traceback of what is not ours."""
+    monkeypatch.setattr(train, "LISTENERS", [lambda config, history: history["loss"]])
+    done = cli("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and lines[0].startswith("error: 1 of ") and ": training: TypeError: list indices" in lines[0]
+    assert lines[1].startswith("Traceback") and lines[-1].startswith("TypeError: list indices")
+
+
 def test_a_listener_that_stops_the_process_stops_it(config, monkeypatch):
     """What is no error but the wish to end is never put off until the rest is done."""
     def leave(config, history):
