@@ -33,7 +33,7 @@ Options of the first form:
   --help, -h               show this text
 
 The environment is made in .venv, once, by python3 (3.11 or newer, with venv), and again when requirements.lock or
-pyproject.toml changes. An active environment that has the package and its extras is used as it is.
+pyproject.toml changes; a .venv that this script did not make is left as it is. An active environment that has the package and its extras is used as it is.
 END_OF_USAGE
 }
 
@@ -63,6 +63,11 @@ stamp() { # what the environment was made from; a moved folder counts, since scr
     { echo "$ROOT" && cat "$ROOT/requirements.lock" "$ROOT/pyproject.toml"; } | cksum
 }
 
+is_own() { # this script made what is in .venv, or nothing is: its mark is made.by, of earlier versions the two files they left
+    [ ! -L "$VENV" ] && { [ ! -e "$VENV" ] || [ -f "$VENV/made.by" ] || { [ -d "$VENV" ] && [ -z "$(ls -A "$VENV")" ]; } ||
+        { [ -f "$VENV/make.log" ] && grep -Eqx '[0-9]+ [0-9]+' "$VENV/stamp" 2>/dev/null; }; }
+}
+
 is_whole() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/stamp" 2>/dev/null)" = "$(stamp)" ]; }
 
 make_environment() {
@@ -72,8 +77,12 @@ make_environment() {
     exec 9>>"$VENV.lock" # two calls at once make it once; macOS has no flock(1), and the lock outlives this python
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
     if ! is_whole; then
+        is_own || fail 1 "$VENV is a link or not made by this script, so it is left as it is: activate it if it has the \
+package and its extras, or move it away and run this again."
         echo "Making the environment in $VENV (once, about a minute) ..."
-        "$python" -m venv --clear "$VENV" || fail 1 "$python could not make $VENV; the reason stands above."
+        mkdir -p "$VENV" && echo run_all.sh >"$VENV/made.by" # first, so that an interrupted make is known as its own
+        find "$VENV" -mindepth 1 -maxdepth 1 ! -name made.by -exec rm -rf {} +
+        "$python" -m venv "$VENV" || fail 1 "$python could not make $VENV; the reason stands above."
         sentence="The environment could not be made: no network, or a package could not be fetched (see $log)."
         "$VENV/bin/python" -m pip install --quiet uv >"$log" 2>&1 || fail 1 "$sentence"
         { # compiled now, since a machine that sets PYTHONDONTWRITEBYTECODE would do it at every import

@@ -1,4 +1,4 @@
-"""`python -m sidae_lib run FIGURE --scale S` and `list`: the store from the command line, with no Jupyter."""
+"""`python -m sidae_lib run FIGURE --scale S`, `list`, `verify KEY`: the store from the command line, with no Jupyter."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import evaluate, experiments, figures, methods, paths, runs, train
+from . import evaluate, experiments, figures, methods, paths, runs, train, verify
 from .config import EvalConfig, RunConfig, SidaeError, above_zero
 from .published import claims
 
@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.bundle:
         os.environ["SIDAE_BUNDLE"] = str(args.bundle.resolve())  # inherited by the processes of --jobs
     if args.plan:
-        return _plan([*configs, *evals], args.plan, args.rate)
+        return _plan([*configs, *evals], args.plan, args.rate, args.device)
     if args.nice:
         _nice()
     asked = [*configs, *evals]
@@ -57,14 +57,20 @@ def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:
     return grid.local(args.jobs, args.device)
 
 
-def _plan(configs: list[runs.Config], hours: float, rate: float | None) -> None:
+def _kind(device: str) -> str:
+    """What recorded times are taken from, for `device`."""
+    return "a GPU" if device == "cuda" or train.device_of(device).type == "cuda" else "a CPU"
+
+
+def _plan(configs: list[runs.Config], hours: float, rate: float | None, device: str) -> None:
     """Says what would be computed, how long that takes and how many machines are needed, and computes nothing."""
     left = runs.missing(configs)
-    each = runs.seconds_each(left, rate)
+    each = runs.seconds_each(left, rate, runs.rates(device))
     training = sum(isinstance(c, RunConfig) for c in left)
     print(f"{training} runs and {len(left) - training} evaluations to compute, {len(configs) - len(left)} recorded.")
-    if each is None:
-        print("No such run is recorded, so its time is unknown; --rate N says how many images a machine trains per second.")
+    if each is None or left and not any(each.values()):
+        print(f"No such run is recorded on {_kind(device)}, so its time is unknown; --rate N says how many images a machine "
+              "trains per second.")
         return
     total = sum(each.values()) / 3600
     print(f"About {total:,.1f} hours on one machine, the longest run {max(each.values(), default=0) / 3600:.2f}; "
@@ -80,7 +86,7 @@ def _stands(configs: Sequence[runs.Config], rates: dict[tuple, float]) -> str:
     evaluations = sum(isinstance(c, EvalConfig) for c in left)
     each = runs.seconds_each(left, known=rates)
     seconds = sum(each.values()) if each is not None else None
-    time = ("no time known yet" if seconds is None else f"about {seconds / 60:.1f} minutes" if seconds < 5400 else
+    time = (f"no time known on {_kind('auto')}" if not seconds else f"about {seconds / 60:.1f} minutes" if seconds < 5400 else
             f"about {seconds / 3600:,.1f} hours")  # fmt: skip
     return (f"{len(configs) - len(left):,} of {len(configs):,} recorded; {training:,} runs to train and {evaluations:,} "
             f"evaluations to make; {time}")
@@ -111,6 +117,10 @@ def _adopt(args: argparse.Namespace) -> None:
             if found := sum(c.key() in new for part in needs for c in part):
                 print(f"{name} at scale {scale}: {found} new records; draw its figures anew "
                       f"(./run_all.sh {scale} --only NOTEBOOK) and run `python -m sidae_lib readme`.")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    return int(not verify.verify(args.key, device=args.device))
 
 
 def readme(text: str) -> str:
@@ -187,6 +197,12 @@ def main(argv: list[str] | None = None) -> int:
     show = commands.add_parser("list", help="figures, what is recorded and what is missing")
     show.add_argument("--scale")
     show.set_defaults(call=_list, data=None)
+    check = commands.add_parser("verify", help="train one recorded run again and say whether its numbers are those recorded",
+                                description=verify.__doc__)
+    check.add_argument("key", metavar="KEY", help="of a run in runs/ or records/, or a beginning that no other has")
+    check.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    check.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
+    check.set_defaults(call=_verify)
     adopt = commands.add_parser("adopt", help="file finished records of a store or a bundle under records/")
     adopt.add_argument("sources", nargs="+", type=Path, metavar="STORE|FILE")
     adopt.set_defaults(call=_adopt, data=None)
@@ -196,17 +212,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.data is not None:
             paths.use_data(args.data)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # while nothing trains there is nothing to save
-        args.call(args)
+        return args.call(args) or 0
     except KeyboardInterrupt:
         print("Stopped; what was recorded is kept, and the same call goes on from there.")
         return 130
     except train.Stopped as e:
-        print(e)
+        print(e, *getattr(e, "__notes__", ()), sep="\n")
         return 130 if "Stopped by" in str(e) else 0  # a signal, and not what --minutes or --until asked for
     except SidaeError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", *getattr(e, "__notes__", ()), sep="\n", file=sys.stderr)  # of what is not ours, its traceback
         return 2
-    return 0
 
 
 if __name__ == "__main__":

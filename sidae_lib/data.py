@@ -46,7 +46,7 @@ TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyim
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 Image.MAX_IMAGE_PIXELS = 100_000_000  # of one image file; above is a mistake or a decompression bomb
 BLOCK = 2**24  # bytes of pixels that are resized or counted at once
-CACHE_FORMAT = 1  # raised when a cache would hold something else for the same files
+CACHE_FORMAT = 2  # raised when a cache would hold something else for the same files
 
 _names: dict[str, str] = {}  # fingerprint -> name, of the sets this process has seen
 
@@ -392,15 +392,22 @@ def _checked(raw: _Raw, where: Path) -> _Raw:
     return raw._replace(images=images, labels=labels)
 
 
-def _classes(names: tuple[str, ...], splits: dict[str, Split], where: Path) -> tuple[str, ...]:
-    """The class names, or numbers where there are none; an unlabeled split's labels count only if it stands alone."""
+def _classes(names: tuple[str, ...], splits: dict[str, Split], where: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """The class names, or numbers where there are none, and the splits; an unlabeled split's labels count only if it stands
+    alone. A number that has neither an image in any split nor a name is no class: those above it move down, and each class
+    keeps its own number as its name. What grows with the number of classes, or its square, then does so with those there are.
+    """
     used = {s: 1 + int(p.labels.max()) for s, p in splits.items() if p.labels is not None}
     needed = max((n for s, n in used.items() if s != "unlabeled"), default=0)
     if names and needed > len(names):
         raise SidaeError(f"{where} has the label {needed - 1} but only {len(names)} class names; name every class.")
     if not needed and used.get("unlabeled", 0) > len(names):
         names, needed = (), used["unlabeled"]
-    return names or tuple(map(str, range(needed)))
+    if names or not used:
+        return names, splits
+    numbers = torch.cat([p.labels for p in splits.values() if p.labels is not None]).unique()
+    splits = {s: p if p.labels is None else replace(p, labels=torch.searchsorted(numbers, p.labels)) for s, p in splits.items()}
+    return tuple(str(n) for n in numbers.tolist() if n < needed), splits
 
 
 def _fit(x: Tensor, size: int, channels: int, antialias: bool) -> Tensor:
@@ -440,8 +447,8 @@ def _decode(source: _Source, size: int, channels: int, resize: str) -> Images:
         raise SidaeError(f"{source.path} has no usable split: it needs train/<class>/, test/<class>/ or unlabeled/, or "
                          f"as an npz the arrays train_images, test_images or unlabeled_images with their labels.")
     basis = next(splits[s].images for s in ("train", "unlabeled", "test") if s in splits)
-    return Images(source.name, "", digest.hexdigest()[:16], _classes(names, splits, source.path),
-                  *_statistics(basis.numpy()), splits)
+    classes, splits = _classes(names, splits, source.path)
+    return Images(source.name, "", digest.hexdigest()[:16], classes, *_statistics(basis.numpy()), splits)
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from .networks import features
 from .step import Captured
 from .train import batches, lr_at, provenance, seeded, several_classes, sha256, strip
 
+DENSE = 200  # classes up to which a record holds its confusion matrix as rows, else its entries that are not zero
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
 
@@ -268,16 +269,29 @@ def how_often_right(record: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(record["right"])), np.uint8)
 
 
+def confusion(record: dict[str, Any]) -> np.ndarray:
+    """(C, C) int64 counts of a record's test images, true classes as rows, however the record holds them: as rows, or of more
+    than DENSE classes as [true, predicted, count] where the count is not 0."""
+    C, held = len(record["classes"]), np.array(record["confusion"], np.int64)
+    if held.shape == (C, C):
+        return held
+    out = np.zeros((C, C), np.int64)
+    out[held[:, 0], held[:, 1]] = held[:, 2]
+    return out
+
+
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
     """The record of one evaluation; accuracy in percent (of a class that was not scored: None), confusion matrix with true
-    classes as rows. Kind `pairs` mines among the images whose labels are given, and its accuracy is that of the pairs, rows
-    the classes of one end. With repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the
-    last epoch `right` says of every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind
-    `tsne` keeps of every query itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the
-    neighbours.
+    classes as rows, which `confusion` reads. Kind `pairs` mines among the images whose labels are given, and its accuracy is
+    that of the pairs, rows the classes of one end. With repeats the accuracy is their mean, `each` the list, and the matrix
+    counts them all. At the last epoch `right` says of every test image how often it was right (bytes, zlib, base64;
+    `how_often_right` reads it). Kind `tsne` keeps of every query itself and its neighbours as one `train.strip`, 36 small
+    images in all, and the classes of the neighbours.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
+    from scipy.sparse import coo_array  # as slow to import as the rest of scipy
+
     check(config)
     threads.fit()
     if config.kind == "pairs" and "train" not in images.splits:  # a pool: its labels, where it has any, serve for this alone
@@ -344,8 +358,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
             raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
 
     predicted = predicted.view(-1, len(y_test))
-    confusion = torch.bincount((y_test * classes + predicted).flatten(), minlength=classes**2).view(classes, classes)
-    confusion = confusion.cpu().numpy()  # of all repeats together
+    cells, times = (t.cpu().numpy() for t in (y_test * classes + predicted).unique(return_counts=True))  # of all repeats
+    confusion = coo_array((times, np.divmod(cells, classes)), shape=(classes, classes))
     counted = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
     right = predicted == y_test  # (repeats, N)
     if config.repeats > 1:
@@ -356,7 +370,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         "config": config.to_dict(), "key": config.key(), "run_key": config.run.key(), "epoch": config.epoch,
         "kind": config.kind, "data": {"name": images.name, "display": images.display},
         "backbone": sha256(weights.read_bytes()), "accuracy": round(100 * right.double().mean().item(), 4),
-        "per_class": [round(100 * good / n, 4) if n else None for good, n in counted], "confusion": confusion.tolist(),
+        "per_class": [round(100 * good / n, 4) if n else None for good, n in counted], "confusion": (
+            confusion.toarray() if classes <= DENSE else np.stack([*confusion.coords, times], 1)).tolist(),
         "classes": list(images.classes), "n_train": len(y), "n_test": len(y_test),
         "seconds": round(time.perf_counter() - began, 3), "provenance": provenance(device), **extra,
     }  # fmt: skip

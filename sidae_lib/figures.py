@@ -20,7 +20,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from . import data, methods, paths, published, train
+from . import data, evaluate, methods, paths, published, train
 from .config import EvalConfig, RunConfig, SidaeError
 from .methods.metric import undone
 from .train import device_of, provenance, write
@@ -84,7 +84,7 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             rows[-1] |= {"metric": "accuracy", "channels": run.channels, "undone": undone(run),
                          "method": run.method if features == "backbone" else features}  # fmt: skip
             classes = (name.split(" - ")[0] for name in r["classes"])  # MNIST calls one "8 - eight"
-            images = np.sum(r["confusion"], axis=1).tolist()
+            images = evaluate.confusion(r).sum(1).tolist()
             others = [("top3", r["top3"], r["n_test"]), ("knn", r["knn"], r["n_test"]), *zip(classes, r["per_class"], images)]
             for name, value, n in others:
                 value = np.nan if value is None else value

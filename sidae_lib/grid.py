@@ -181,9 +181,12 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
                 result = future.result()
                 error = result.error
                 result.weights = result.weights if weights else {}  # else they were for other runs
-                result.keep(log)
                 for line in result.said:
                     log(line)
+                try:
+                    result.keep(log)
+                except SidaeError as e:  # what this machine cannot file; the other runs go on
+                    error = error or e
             yield of[future.key], error, sum(client.run(_running, on_error="ignore").values())
     except (ConnectionError, OSError) as e:
         raise SidaeError(f"The scheduler at {address} was lost; what had finished is kept, the same call does the rest.") from e

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .config import EvalConfig, RunConfig, SidaeError, digest, typed
 
 Config = RunConfig | EvalConfig
 Record = dict[str, Any]
+GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|TITAN|AMD (Radeon|Instinct)")  # what names of CUDA devices begin with
 RECORD_BYTES = 2**24  # of one record file: a run of 200 epochs takes 60 thousand
 # An integer of 19 digits or more: JSON, but neither an index nor a count, and too long for a float column.
 LONG = re.compile(r"[\[,:]\s*-?\d{19}")
@@ -115,10 +117,15 @@ def _line(record: Record) -> bytes:
 
 
 def keep(config: Config, record: Record) -> Record:
-    """Files a record, with its checksum; the caller holds the lock."""
+    """Files a record, with its checksum; the caller holds the lock. Raises SidaeError for one that `read` would refuse."""
     record = {k: v for k, v in record.items() if k != "check"}
-    record["check"] = digest(record)
-    line = _line(record)
+    try:
+        record["check"] = digest(record)
+        _parsed((line := _line(record)).decode())
+    except UNREADABLE as e:
+        size = len(json.dumps(record)) / 2**20
+        raise SidaeError(f"The record of {config.key()} cannot be filed: it has {size:.1f} MiB, of at most "
+                         f"{RECORD_BYTES >> 20}, or holds a number that is none. Nothing is written.") from e  # fmt: skip
     train.write(folder(config) / _name(config), line)
     if bundle := os.environ.get("SIDAE_BUNDLE"):  # in one write, so that several processes may share the file
         file = os.open(bundle, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -293,6 +300,16 @@ def dependencies(config: Config) -> list[RunConfig]:
     return [config.run] if isinstance(config, EvalConfig) else [config.encoder] if config.encoder else []
 
 
+def _as_one(sentence: str, failed: dict[str, Exception], kind: type[SidaeError] = SidaeError) -> SidaeError:
+    """One error that names all that failed. What is not ours keeps its traceback as a note, which travels from a worker too."""
+    named = [f"{name}: {e}" if isinstance(e, SidaeError) else f"{name}: {type(e).__name__}: {e}" for name, e in failed.items()]
+    error = kind(("\n" if len(named) > 1 else " ").join([sentence] * bool(sentence) + named))
+    for e in failed.values():
+        for note in getattr(e, "__notes__", ()) if isinstance(e, SidaeError) else ("".join(traceback.format_exception(e)),):
+            error.add_note(note)
+    return error
+
+
 @dataclass
 class Job:
     """One run and what is made of it: the backbones that are needed, by epoch, and the evaluations that are missing; of a
@@ -311,8 +328,22 @@ class Job:
 
     def compute(self, device: torch.device, deadline: float | None, log: Callable) -> None:
         """Trains the run, where it is not there with the backbones that are needed, and evaluates each checkpoint as it is
-        passed; a record is filed at once. An evaluation that fails does not stop the training, and is raised at the end."""
-        left, failed = sorted(self.evals, key=lambda c: (c.epoch, c.data)), []
+        passed; a record is filed at once. An evaluation that fails does not stop the training. Raises Stopped, or else one
+        SidaeError of all that failed, whatever it was."""
+        failed: dict[str, Exception] = {}
+        try:
+            self._compute(device, deadline, log, failed)
+        except train.Stopped:
+            raise
+        except Exception as e:
+            if isinstance(e, SidaeError) and not failed:
+                raise
+            failed["training"] = e
+        if failed:
+            raise _as_one("", failed)
+
+    def _compute(self, device: torch.device, deadline: float | None, log: Callable, failed: dict[str, Exception]) -> None:
+        left = sorted(self.evals, key=lambda c: (c.epoch, c.data))
         with _locked(self.run), threads.fitted():
             before = record = found(self.run, log)
 
@@ -323,18 +354,16 @@ class Job:
                 while left and left[0].epoch <= epoch:
                     config = left[0]
                     own = found(config, log)
-                    if own is None:
-                        if deadline is not None and time.monotonic() > deadline:
-                            raise train.Stopped("Time is up.")
-                        images = _load(config.data or config.run.data, config.run)
-                        try:
+                    if own is None and deadline is not None and time.monotonic() > deadline:
+                        raise train.Stopped("Time is up.")
+                    try:
+                        if own is None:
+                            images = _load(config.data or config.run.data, config.run)
                             made = evaluate.evaluate(config, images, backbone(self.run, config.epoch), device=device)
-                        except SidaeError as e:
-                            failed.append(e)
-                        else:
                             own = keep(config, made)
-                    if own:
                         self.records.append((config, own))
+                    except Exception as e:
+                        failed[f"{config.kind} {config.key()}"] = e
                     left.pop(0)
 
             if before is None or not all([_sound(backbone(self.run, e), before, log) for e in self.epochs]):
@@ -343,8 +372,6 @@ class Job:
                 self.records.append((self.run, record))
                 _checkpoint(self.run).unlink(missing_ok=True)
                 passed(self.run.epochs, record.get("files", {}))
-        if failed:
-            raise failed[0]
 
     def _train(self, before: Record | None, passed: train.Passed, device: torch.device, deadline: float | None,
                log: Callable) -> Record | None:  # fmt: skip
@@ -414,7 +441,7 @@ def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Ca
     """One job after the other, in this process; the first that is stopped is the last."""
     broken = set()
     for job in jobs:
-        error: SidaeError | None = None
+        error: SidaeError | None = None  # `compute` raises no other
         try:
             if needed := [r.key() for r in dependencies(job.run) if r in broken]:
                 raise SidaeError(f"{job.run.method} {job.run.key()} needs the run {needed[0]}, which failed.")
@@ -437,7 +464,8 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
     (encoders of others run whole), then train.Stopped says what is left; a later call goes on bit for bit.
 
     An evaluation is recorded as training passes its checkpoint.  A damaged file of the store is set aside and computed
-    again.  When some fail the rest are finished and kept, then one SidaeError names the failed.
+    again.  When some fail, with whatever exception, the rest are finished and kept; then one SidaeError names each that failed
+    and says why.
     """
     minutes = None if minutes is None else typed("minutes", minutes, float)
     if until is not None and typed("until", until, int) < 1:
@@ -468,10 +496,11 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
             now = f"{running} running, " if client else ""
             log(f"{n} of {len(jobs)} runs done, {now}{len(failed)} failed, about {left / 60:.1f} min left")
     if stopped:
-        raise train.Stopped(f"{stopped} {len(missing(configs))} of {len(set(configs))} records are left.")
+        sentence = f"{stopped} {len(missing(configs))} of {len(set(configs))} records are left."
+        raise _as_one(sentence + f" {len(failed)} runs failed." * bool(failed), failed, train.Stopped)
     if failed:
-        first = next(iter(failed.values()))
-        raise SidaeError(f"{len(failed)} of {len(jobs)} runs failed ({', '.join(failed)}), the rest are kept. First: {first}")
+        sentence = f"{len(failed)} of {len(jobs)} runs failed, the rest are kept."
+        raise _as_one(sentence, failed) from next(iter(failed.values()))
     if until is not None and (left := len(missing(configs))):
         raise train.Stopped(f"Trained to epoch {until}: {left} of {len(set(configs))} records are left; the same call with a "
                             "later epoch, or none, goes on from there.")  # fmt: skip
@@ -483,10 +512,14 @@ def _shape(c: RunConfig) -> tuple:
     return c.method in ("dae", "sidae"), c.backbone, c.stem, c.width, c.size, c.channels, c.batch
 
 
-def rates() -> dict[tuple, float]:
-    """Mean seconds of what is recorded: of an image by the run's shape, of an evaluation by its kind, labels and shape."""
+def rates(device: str = "auto") -> dict[tuple, float]:
+    """Mean seconds of what is recorded on devices of one kind, CPUs or GPUs, since a GPU's hours are a CPU's weeks: of an image
+    by the run's shape, of an evaluation by its kind, labels and shape.  device: cpu, cuda, or auto, the kind that is here."""
+    cuda = device == "cuda" or train.device_of(device).type == "cuda"  # one may plan for a GPU without having it
     seen: dict[tuple, list[float]] = defaultdict(list)
     for r in every("*"):
+        if bool(GPU.match(r["provenance"]["device"])) != cuda:
+            continue
         if "run_key" in r:
             c = EvalConfig.from_dict(r["config"])
             seen[c.kind, c.labels, c.label_count, _shape(c.run)].append(r["seconds"])
@@ -497,10 +530,11 @@ def rates() -> dict[tuple, float]:
 
 def seconds_each(configs: Sequence[Config], rate: float | None = None, known: dict[tuple, float] | None = None
                  ) -> dict[RunConfig, float] | None:  # fmt: skip
-    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike.
+    """Estimated seconds of each run with its evaluations, all computed anew, from those of recorded ones alike, on a device of
+    the kind that is here.
 
     rate: images per second for runs that no record is like; None without a rate for some run. An evaluation of a kind
-    that is not recorded counts as nothing.  known: `rates`, where they have been read already.
+    that is not recorded counts as nothing.  known: `rates`, where they have been read already or are another device's.
     """
     mean = rates() if known is None else known
     out: dict[RunConfig, float] = dict.fromkeys(map(_run, configs), 0.0)

@@ -124,11 +124,14 @@ def _processor() -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where and with what a record was made."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
+    """Where and with what a record was made. The commit is None outside of a checkout, and where there is no git."""
+    commit = ""
+    with suppress(OSError):  # no git, or none that may be run
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
     cuda = device.type == "cuda"
     return {
-        "package": __version__, "commit": git.stdout.strip() or None, "torch": str(torch.__version__),
+        "package": __version__, "commit": commit or None, "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

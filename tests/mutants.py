@@ -156,7 +156,7 @@ def wrong(m: Mutant) -> str:
 
 def make(m: Mutant, folder: Path) -> None:
     """A copy of the checkout with the fault in it: the files that git tracks, or all but what is made; no repository."""
-    if (ROOT / ".git").exists():
+    if (ROOT / ".git").exists() and shutil.which("git"):
         names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for name in filter(None, names.split("\0")):
             if (ROOT / name).is_file():

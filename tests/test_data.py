@@ -196,6 +196,39 @@ def test_npz_found_by_name_with_labels_of_the_unlabeled_split(root):
     assert data.load("few").classes == ("0", "1", "2", "3")
 
 
+@pytest.mark.parametrize("train, test, unlabeled, names, numbers", [
+    ([0, 99_999, 0, 99_999], [99_999, 0], None, ("0", "99999"), [0, 1, 0, 1]),
+    ([1, 2, 3, 1], [3, 2], None, ("1", "2", "3"), [0, 1, 2, 0]),  # numbered from 1
+    ([0, 2, 0, 2], [1, 2], None, ("0", "1", "2"), [0, 2, 0, 2]),  # only test images show the class between
+    ([0, 2, 0, 2], [0, 2], [1, 7], ("0", "1", "2"), [0, 2, 0, 2]),  # only a pool's
+    ([0, 5, 0, 5], None, [9, 5], ("0", "5"), [0, 1, 0, 1]),  # a class of the pool alone is none to be told apart
+    ([0, 1, 2, 0], [2, 2], None, ("0", "1", "2"), [0, 1, 2, 0])])
+def test_class_numbers_without_an_image_or_a_name_go(root, train, test, unlabeled, names, numbers):
+    x = pixels(4, 32, 32, 3)
+    arrays = {s: y for s, y in (("train", train), ("test", test), ("unlabeled", unlabeled)) if y is not None}
+    np.savez(root / "gaps.npz", **{f"{s}_images": x[:len(y)] for s, y in arrays.items()},
+             **{f"{s}_labels": y for s, y in arrays.items()})
+    for _ in range(2):  # decoded, then from the cache
+        images = data.load("gaps")
+        assert images.classes == names and images.split("train").labels.tolist() == numbers
+        for s, y in arrays.items():  # every image keeps its class, by name
+            own = [names[n] if n < len(names) else None for n in images.split(s).labels.tolist()]
+            assert own == [str(n) if str(n) in names else None for n in y]
+        data._load.cache_clear()
+    want = hashlib.sha256()  # the content's name is of the arrays as they are given
+    for s, y in arrays.items():
+        want.update(f"{s} uint8 {len(y)} 3 32 32 True ".encode() + x[:len(y)].transpose(0, 3, 1, 2).tobytes())
+        want.update(np.array(y, "<i8").tobytes())
+    assert images.fingerprint == want.hexdigest()[:16]
+
+
+def test_named_classes_without_an_image_stay(root):
+    x = pixels(4, 32, 32, 3)
+    np.savez(root / "named.npz", train_images=x, train_labels=[0, 2, 0, 2], classes=np.array(list("abcd")))
+    images = data.load("named")
+    assert images.classes == tuple("abcd") and images.split("train").labels.tolist() == [0, 2, 0, 2]
+
+
 def test_folder(tmp_path):
     x, y = pixels(6, 20, 20, 3), [0, 1, 0, 1, 1, 1]
     place = write_folder(write_folder(tmp_path / "birds", x, y), x[:2], [1, 0], "test")

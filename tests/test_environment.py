@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = (ROOT / "requirements.lock").read_text()
 CORE = "config paths data augment networks losses methods pairs train evaluate runs".split()
 
-in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+in_git = pytest.mark.skipif(not ((ROOT / ".git").exists() and shutil.which("git")), reason="not a git checkout, or no git")
 
 
 def pins() -> list[tuple[Requirement, int]]:
@@ -138,6 +138,63 @@ def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path
     assert not (scripts / ".venv" / "stamp").exists()
 
 
+def files(folder: Path) -> dict[str, bytes | str]:
+    """Everything in a folder: what files hold, where links lead."""
+    return {str(p.relative_to(folder)): str(p.readlink()) if p.is_symlink() else p.read_bytes() if p.is_file() else ""
+            for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def stub(bare, tmp_path) -> dict[str, str]:
+    """A python3 that says it was asked for an environment, and makes none: what happens before and after is run_all.sh's."""
+    shim(tmp_path / "shims", "python3",
+         f'case "$*" in "-m venv"*) echo "venv $*" >&2; exit 1;; esac; exec "{sys.executable}" "$@"')
+    return bare
+
+
+def environment(folder: Path, **more: str) -> Path:
+    """As any tool leaves one; `more`: files of its own."""
+    (folder / "bin").mkdir(parents=True)
+    for name, content in {"pyvenv.cfg": "home = /usr/bin\n", "bin/activate": "a stranger's\n", **more}.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "link to its own", "link to nothing", "link to an empty folder"])
+def test_a_venv_of_somebody_else_is_left_as_it_is(scripts, stub, tmp_path, kind):
+    venv, other = scripts / ".venv", tmp_path / "another folder's"
+    if kind == "folder":
+        environment(venv, stamp="3.12\n")  # another script's
+    elif kind == "file":
+        venv.write_text("/opt/venvs/mine\n")  # as direnv and others leave one
+    else:
+        if kind == "link to an empty folder":
+            other.mkdir()
+        elif kind != "link to nothing":
+            environment(other, **{"made.by": "run_all.sh\n"} if "own" in kind else {})
+        venv.symlink_to(other)
+    before = files(tmp_path)
+    refused(run_all(scripts, env=stub), str(venv), "not made by this script", "move it away")
+    after = files(tmp_path)
+    after.pop("a copy/.venv.lock")
+    assert after == before
+
+
+@pytest.mark.parametrize("left", [{"made.by": "run_all.sh\n"}, {"stamp": "2406331437 415\n", "make.log": ""}, None],
+                         ids=["its mark", "an earlier version's stamp", "an empty folder"])
+def test_a_stale_venv_of_its_own_is_made_anew(scripts, stub, tmp_path, left):
+    """Links in it are removed, not what they lead to; a make that breaks off is known as its own by the next call."""
+    venv, outside = scripts / ".venv", environment(tmp_path / "outside")
+    venv.mkdir() if left is None else environment(venv, **left)
+    if left:
+        (venv / "lib").symlink_to(outside)
+    kept = files(outside)
+    for _ in range(2):
+        done = run_all(scripts, env=stub)
+        assert done.returncode == 1 and f"venv -m venv {venv}" in done.stderr and "could not make" in done.stderr
+        assert files(venv) == {"made.by": b"run_all.sh\n"} and files(outside) == kept
+
+
 @pytest.mark.slow
 def test_a_second_call_waits_for_the_first(scripts, bare):
     with (scripts / ".venv.lock").open("w") as lock:
@@ -246,6 +303,17 @@ def test_the_library_needs_no_jupyter():
                     "sys.argv = ['sidae', 'list', '--scale', 'smoke']; "
                     "runpy.run_module('sidae_lib', run_name='__main__')")
     assert "accuracy_vs_epochs" in listed
+
+
+def test_no_git_on_the_machine(tmp_path):
+    """Slim images have none: a run and its evaluation are made, of no known commit."""
+    code = ("from sidae_lib import experiments, runs; from sidae_lib.config import EvalConfig; "
+            "c = experiments.run('simsiam', 'digits', 'smoke', epochs=1); "
+            "made = runs.fetch_all([c, EvalConfig(run=c, kind='knn')], log=lambda _: None); "
+            "print({r['provenance']['commit'] for r in made})")
+    env = os.environ | {"PATH": str(tmp_path), "SIDAE_RUNS": str(tmp_path / "runs"), "SIDAE_RECORDS": str(tmp_path / "records")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "{None}\n", done.stderr
 
 
 @pytest.mark.slow

@@ -444,6 +444,16 @@ def test_record(images, weights):
     assert record["classes"] == ["red", "green", "blue"] and record["data"]["display"] == "Colours"
 
 
+def test_the_matrix_is_read_however_it_is_held(images, weights):
+    """Rows, as of every set of few classes and of any in older records; or the entries that are not zero."""
+    rows = measure(images, weights, kind="knn", k=20)
+    assert evaluate.confusion(rows).tolist() == rows["confusion"] and len(rows["confusion"]) == 3 < 100 < evaluate.DENSE
+    many, n = {"classes": list(map(str, range(300)))}, torch.randint(3, (300, 300), generator=torch.manual_seed(0))
+    entries = [[i, j, int(n[i, j])] for i in range(300) for j in range(300) if n[i, j]]
+    for held in (n.tolist(), entries):
+        assert evaluate.confusion(many | {"confusion": held}).tolist() == n.tolist()
+
+
 def test_colours_are_told_apart(images, weights):
     for kind in ("linear", "knn", "logistic", "finetune"):
         assert measure(images, weights, kind=kind, fit_epochs=50, lr=0.5, k=5)["accuracy"] > 90, kind

@@ -91,7 +91,7 @@ def test_a_grid_on_this_machine(two, monkeypatch, tmp_path):
     address, before = two
     monkeypatch.setenv("SIDAE_SCHEDULER", address)
     configs, bad, said = [c for s in range(4) for c in (run(s), knn(run(s)))], run(0, lr=1e30), []
-    with pytest.raises(SidaeError, match=f"1 of 5 runs failed \\(simsiam {bad.key()}\\), the rest are kept.*not finite"):
+    with pytest.raises(SidaeError, match=f"1 of 5 runs failed, the rest are kept. simsiam {bad.key()}: .*not finite"):
         runs.fetch_all([bad, *configs], device="cpu", log=said.append)
     assert sum("trained" in line for line in said) == 4
     assert any("5 of 5 runs done, 0 running, 1 failed" in line for line in said)
@@ -100,6 +100,26 @@ def test_a_grid_on_this_machine(two, monkeypatch, tmp_path):
     assert {r["provenance"]["threads"] for r in records} == {max(1, grid.CPU_COUNT // 2)}
     if grid.CPU_COUNT // 2 <= 1:
         assert [bare(r) for r in records] == alone(configs, monkeypatch, tmp_path / "alone")
+
+
+def test_whatever_fails_on_a_worker_is_named_with_its_traceback(two):
+    """What the same run has finished comes back, and another run is computed."""
+    bad, good = EvalConfig(run=run(11), kind="tsne", points=5), [run(11), knn(run(11)), run(12)]
+    beyond = run(13, hidden=2**40)
+    with pytest.raises(SidaeError, match="2 of 3 runs failed") as e:
+        runs.fetch_all([beyond, bad, *good], client=two[0], device="cpu", log=lambda _: None)
+    assert f"simsiam {beyond.key()}: training: RuntimeError" in str(e.value) and f"tsne {bad.key()}: ValueError" in str(e.value)
+    assert sorted(note.splitlines()[-1].split(":")[0] for note in e.value.__notes__) == ["RuntimeError", "ValueError"]
+    assert runs.missing([beyond, bad, *good]) == [beyond, bad]
+
+
+def test_what_this_machine_cannot_file_does_not_stop_the_others(two, monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDAE_RUNS", str(tmp_path))  # the workers have another store
+    configs = [run(14), run(15), run(16)]
+    (tmp_path / configs[0].key()).write_text("a file where the run's folder would be")
+    with pytest.raises(SidaeError, match=f"1 of 3 runs failed, .*simsiam {configs[0].key()}: .*cannot be written"):
+        runs.fetch_all(configs, client=two[0], device="cpu", log=lambda _: None)
+    assert runs.missing(configs) == configs[:1]
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux lists its sockets there")

@@ -5,13 +5,16 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
-from sidae_lib import evaluate, experiments, figures, paths, runs, train
+from sidae_lib import data, evaluate, experiments, figures, paths, runs, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 
 
@@ -61,11 +64,73 @@ def test_published_records_are_found_and_never_written(config, monkeypatch):
     assert {p: p.read_bytes() for p in published.iterdir()} == before
 
 
+def test_what_could_not_be_read_is_not_written(config):
+    """Three thousand classes as rows, a NaN, an integer beyond any count: refused while the store is as it was."""
+    [record] = runs.fetch_all([config], device="cpu", log=quiet)
+    path = runs.folder(config) / "record.json"
+    before = path.read_bytes()
+    for wrong in ([[0] * 3000] * 3000, float("nan"), 10**19):
+        with pytest.raises(SidaeError, match=f"record of {config.key()} cannot be filed.*at most 16.*Nothing is written"):
+            runs.keep(config, record | {"confusion": wrong})
+        assert path.read_bytes() == before and [p.name for p in path.parent.glob("*.json")] == ["record.json"]
+
+
+def test_three_thousand_classes_are_recorded_once(store, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(256, size=(3000, 4, 4), dtype=np.uint8), np.arange(3000)
+    monkeypatch.setenv("SIDAE_DATA", str(store))
+    np.savez(store / "many.npz", train_images=x, train_labels=y, test_images=255 - x[:200], test_labels=y[:200])
+    run = RunConfig(method="untrained", data=data.identify("many"), augment="none", backbone="small_cnn", epochs=0)
+    e = EvalConfig(run=run, kind="knn", k=1)
+    said: list[str] = []
+    [record] = runs.fetch_all([e], device="cpu", log=said.append)
+    assert len(record["per_class"]) == 3000 and sum(n for *_, n in record["confusion"]) == record["n_test"] == 200
+    assert (runs.folder(e) / f"eval-{e.key()}.json").stat().st_size < 300_000
+    made = dict.fromkeys(runs.folder(e).iterdir())
+    assert runs.fetch_all([e], device="cpu", log=said.append) == [record] and not any("aside" in line for line in said)
+    assert dict.fromkeys(runs.folder(e).iterdir()) == made
+    matrix = evaluate.confusion(record)
+    assert matrix.sum(1).tolist() == [1] * 200 + [0] * 2800 and 100 * matrix.trace() / 200 == pytest.approx(record["accuracy"])
+
+
 def test_one_that_fails_does_not_stop_the_others(config):
     bad = config.replace(lr=1e30)
-    with pytest.raises(SidaeError, match=f"1 of 2 runs failed \\(simsiam {bad.key()}\\), the rest are kept.*not finite"):
+    with pytest.raises(SidaeError, match=f"1 of 2 runs failed, the rest are kept. simsiam {bad.key()}: .*not finite"):
         runs.fetch_all([bad, config], device="cpu", log=quiet)
     assert runs.find(config) and not runs.find(bad)
+
+
+def test_whatever_fails_is_named_and_the_rest_is_kept(config):
+    """A network beyond any memory and a map of fewer points than neighbours fail inside of other libraries, in their way."""
+    bad, few = config.replace(hidden=2**40), EvalConfig(run=config, kind="tsne", points=5)
+    good = [config, EvalConfig(run=config, kind="knn"), config.replace(seed=1)]
+    with pytest.raises(SidaeError, match=f"(?s)2 of 3 runs failed, the rest are kept.*simsiam {bad.key()}: .*RuntimeError: "
+                                         f".*simsiam {config.key()}: tsne {few.key()}: ValueError: perplexity") as e:
+        runs.fetch_all([bad, few, *good], device="cpu", log=quiet)
+    assert runs.missing([bad, few, *good]) == [bad, few]
+    assert isinstance(e.value.__cause__, SidaeError)
+    assert [note.splitlines()[-1].split(":")[0] for note in e.value.__notes__] == ["RuntimeError", "ValueError"]
+    assert all("Traceback" in note and ", line " in note for note in e.value.__notes__)
+
+
+def test_the_command_line_shows_where_it_failed(store, cli, monkeypatch):
+    """The sentence first, then the traceback of what is not ours."""
+    monkeypatch.setattr(train, "LISTENERS", [lambda config, history: history["loss"]])
+    done = cli("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and lines[0].startswith("error: 1 of ") and ": training: TypeError: list indices" in lines[0]
+    assert lines[1].startswith("Traceback") and lines[-1].startswith("TypeError: list indices")
+
+
+def test_a_listener_that_stops_the_process_stops_it(config, monkeypatch):
+    """What is no error but the wish to end is never put off until the rest is done."""
+    def leave(config, history):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(train, "LISTENERS", [leave])
+    with pytest.raises(SystemExit):
+        runs.fetch_all([config, config.replace(seed=1)], device="cpu", log=quiet)
+    assert len(runs.missing([config, config.replace(seed=1)])) == 2
 
 
 @pytest.mark.parametrize("wrong, sentence", [
@@ -219,6 +284,31 @@ def test_time_left_is_estimated_from_recorded_rates(config):
     expected = {longer: pytest.approx(3 * 256 * record["seconds"] / record["images"], rel=1e-6)}
     assert runs.seconds_each([longer]) == runs.seconds_each([longer], known=runs.rates()) == expected
     assert runs.seconds_each([]) == {}
+
+
+def test_a_gpus_seconds_are_no_cpus(config, cli):
+    """What a GPU and an AMD processor with a Radeon inside have recorded tells each kind its own; of none nothing is said."""
+    evaluation = EvalConfig(run=config, kind="knn", labels=0.1)
+    made = runs.fetch_all([config, evaluation], device="cpu", log=quiet)
+    seconds = {}
+    for n, name in enumerate(("NVIDIA H100 80GB HBM3", "AMD Instinct MI300X", "AMD Ryzen 7 5800H with Radeon Graphics"), 1):
+        for c, r in zip((config, evaluation), made):
+            c = c.replace(seed=n) if c is config else c.replace(run=config.replace(seed=n))
+            (folder := paths.records() / runs._run(c).key()).mkdir(parents=True, exist_ok=True)
+            own = r | {"config": c.to_dict(), "key": c.key(), "seconds": 256.0 * 10**n, "provenance": {"device": name}}
+            (folder / runs._name(c)).write_text(json.dumps({k: v for k, v in own.items() if k != "check"}))
+    shutil.rmtree(paths.runs())
+    wanted = [config, EvalConfig(run=config, kind="knn", labels=0.1)]
+    for device, each in (("cpu", 1000), ("cuda", 55)):
+        assert runs.seconds_each(wanted, known=runs.rates(device)) == {config: pytest.approx(2 * 256 * each)}
+        seconds[device] = runs.rates(device)
+    assert runs.rates() == seconds[train.device_of("auto").type]
+    shutil.rmtree(paths.records() / config.replace(seed=3).key())  # the only CPU's
+    assert runs.seconds_each(wanted, known=runs.rates("cpu")) is None and runs.rates("cuda") == seconds["cuda"]
+    plan = ("run", "accuracy_vs_epochs", "--scale", "smoke", "--plan", "1", "--device")
+    assert "No such run is recorded on a CPU, so its time is unknown" in cli(*plan, "cpu").stdout
+    if not torch.cuda.is_available():
+        assert cli("list", "--scale", "smoke").stdout.splitlines()[-1].endswith("; no time known on a CPU")
 
 
 def test_who_works_on_a_run_shares_it_with_nobody(config):

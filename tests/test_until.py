@@ -159,7 +159,7 @@ def test_an_evaluation_that_is_cut_off_is_all_that_is_lost(ends, store, whole, m
 def test_an_evaluation_that_fails_does_not_stop_the_training(store):
     configs = wanted("simsiam", 2, (1, 2))
     bad = EvalConfig(run=configs[0], kind="classifier", epoch=1)
-    with pytest.raises(SidaeError, match="1 of 1 runs failed .*supervised run's own classifier"):
+    with pytest.raises(SidaeError, match="1 of 1 runs failed, .*supervised run's own classifier"):
         fetch([*configs, bad])
     assert all(map(runs.find, configs)) and runs.find(bad) is None
 
