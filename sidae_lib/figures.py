@@ -585,7 +585,7 @@ def diagnose(record: dict[str, Any]) -> Figure:
         axes = fig.subplots(2, 3).ravel()
         for ax, names, title in zip(axes, (terms, ["z_std"], ["rank"], gradients, ["lr"], ["knn"]), (
                 "loss and its terms", "spread of the projection, z_std", "effective rank of the projection",
-                "gradient norm at the epoch's end", "learning rate", "nearest neighbour of the same class (%)")):  # fmt: skip
+                "gradient norm at the epoch's end", "learning rate", "neighbours of the same class (%)")):  # fmt: skip
             for k, name in enumerate(n for n in names if n in epochs):
                 line, shown = epochs[name].dropna(), name.removeprefix("grad_")
                 ax.plot(line.index, line, marker=".", ms=3, lw=1, color=PARTS.get(shown, COLOURS[config.method]),
@@ -765,16 +765,16 @@ def _flow(ax: plt.Axes, config: RunConfig, title: str) -> None:
     arrows = [("x", "x1"), ("x", "x2")]
     for i, x in ((1, 0), (2, 2)):
         boxes |= {f"x{i}": (x, 1, f"view $x_{i} = a_{i}(x)$\n{image}", "#F0F0F0"),
-                  f"f{i}": (x, 2.1, encoder, PARTS["backbone"] + "22"),
+                  f"f{i}": (x, 2.1, encoder, PARTS["backbone"] + "30"),
                   f"z{i}": (x, 3.2, f"$z_{i}$\n{z}", "white")}
         arrows += [(f"x{i}", f"f{i}"), (f"f{i}", f"z{i}")]
         if "decoder" in part.index:
             side = -1.5 if i == 1 else 3.5
-            boxes |= {f"g{i}": (side, 3.2, f"decoder $g$\n{part['size']['decoder']:,} par.", PARTS["decoder"] + "44"),
+            boxes |= {f"g{i}": (side, 3.2, f"decoder $g$\n{part['size']['decoder']:,} par.", PARTS["decoder"] + "AA"),
                       f"r{i}": (side, 4.2, f"$\\hat{{x}}_{i}$\n{part.output['decoder']}", "#F0F0F0"),
                       f"e{i}": (side, 5.2, f"MSE($\\hat{{x}}_{i}$, $x$)", "white")}
             arrows += [(f"z{i}", f"g{i}"), (f"g{i}", f"r{i}"), (f"r{i}", f"e{i}")]
-    boxes |= {"h": (0, 4.2, f"predictor $h$\n{part['size']['predictor']:,} par.", PARTS["predictor"] + "22"),
+    boxes |= {"h": (0, 4.2, f"predictor $h$\n{part['size']['predictor']:,} par.", PARTS["predictor"] + "30"),
               "p1": (0, 5.2, f"$p_1$\n{part.output['predictor']}", "white"),
               "D": (1, 6.1, r"$D(p_1, \mathrm{sg}(z_2))$", "white")}
     arrows += [("z1", "h"), ("h", "p1"), ("p1", "D")]
@@ -782,10 +782,10 @@ def _flow(ax: plt.Axes, config: RunConfig, title: str) -> None:
                         bbox={"boxstyle": "round,pad=0.35", "fc": colour, "ec": "#333333", "lw": 0.7})
              for k, (x, y, text, colour) in boxes.items()}
     for a, b in [*arrows, ("z2", "D")]:
-        style = {"ls": "--", "color": "#B00000"} if (a, b) == ("z2", "D") else {}
+        style = {"ls": "--", "color": INK} if (a, b) == ("z2", "D") else {}
         patches = {"patchA": drawn[a].get_bbox_patch(), "patchB": drawn[b].get_bbox_patch()}
         ax.annotate("", boxes[b][:2], boxes[a][:2], arrowprops={"arrowstyle": "->", "lw": 0.8, **patches, **style})
-    ax.text(1.65, 4.9, "stop-gradient", color="#B00000", fontsize=6.5)
+    ax.text(1.65, 4.9, "stop-gradient", color=INK, fontsize=6.5)
     left, right = (-2.1, 4.1) if "decoder" in part.index else (-0.7, 2.7)
     ax.set(xlim=(left, right), ylim=(-0.5, 6.4), title=title)
     ax.axis("off")
