@@ -13,6 +13,7 @@ import pandas as pd
 
 from . import evaluate, experiments, figures, methods, paths, runs, train
 from .config import EvalConfig, RunConfig, SidaeError
+from .published import claims
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -128,19 +129,18 @@ def readme(text: str) -> str:
                 first = [display, f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"]
                 last = f"{n}, {scale}, {figures.distinct(part['hardware'])}"
                 rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {last} |")
-    board = ["| claim | scale | cases | supported | contradicted | undecided |", "|---" * 6 + "|"]
+    board = ["| claim | scale | verdict | cases | supported | contradicted | undecided | by chance |", "|---" * 8 + "|"]
     same = ["statement", "case", "n", "difference"]  # the student report's runs are of its own size at both scales
     said: set[tuple] = set()
     for scale in ("laptop", "paper"):
-        if found := [published[e.key()] for e in experiments.evaluations(scale) if e.key() in published]:
-            claims = figures.scoreboard(found, scale).query("published.isna()")
-            judged = list(claims[same].itertuples(index=False, name=None))
-            claims = claims.loc[[r not in said for r in judged]]
-            said.update(judged)
-            for claim, cases in claims.groupby("statement", sort=False):
-                count = cases["verdict"].str.split().str[0].value_counts()
-                counts = " | ".join(str(count.get(v, 0)) for v in ("supported", "contradicted", "undecided"))
-                board.append(f"| {claim} | {scale} | {len(cases)} | {counts} |")
+        found = {name: [published[e.key()] for e in evals if e.key() in published]
+                 for name, evals in experiments.evaluations(scale).items()}
+        cases = figures.scoreboard(found, scale).query("published.isna()")
+        judged = list(cases[same].itertuples(index=False, name=None))
+        cases = cases.loc[[r not in said for r in judged]]
+        said.update(judged)
+        for c in claims(cases).itertuples(index=False):
+            board.append(f"| {' | '.join(map(str, (c.statement, scale, *c[3:5], *c[6:])))} |")
     clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
     for path in sorted(paths.figures("").glob("*/timings.csv")):
         clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"

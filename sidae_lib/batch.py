@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.fresh:  # only a run that computed everything says how long everything takes
         figures.timings(args.scale, clock)
-    page = figures.index(args.scale, runs.recorded(experiments.evaluations(args.scale)), sorted(out.glob("*.html")))
+    found = {name: runs.recorded(evals) for name, evals in experiments.evaluations(args.scale).items()}
+    page = figures.index(args.scale, found, sorted(out.glob("*.html")))
     print(f"Figures: {page}")
     return 1 if failed else 0
 

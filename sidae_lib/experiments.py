@@ -456,7 +456,7 @@ def needs(scale: str, names: Iterable[str] = FIGURES) -> dict[str, Needs]:
     return out
 
 
-def evaluations(scale: str) -> list[EvalConfig]:
-    """All evaluations of all figures at a scale, as far as their image sets are there or known."""
+def evaluations(scale: str) -> dict[str, list[EvalConfig]]:
+    """Figure -> its evaluations at a scale, of those whose image sets are there or known."""
     papers = [name for name in FIGURES if name != "your_own_images"]  # whose labels are no shares of a paper's set
-    return list(dict.fromkeys(e for _, evals in needs(scale, papers).values() for e in evals))
+    return {name: evals for name, (_, evals) in needs(scale, papers).items()}

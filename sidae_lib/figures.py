@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
          "legend.frameon": False, "svg.hashsalt": "sidae", "savefig.dpi": 200}
 
 
+SAMPLING = ("error", "right", "repeats")  # columns of `evaluations` about one run's test images, which no mean over seeds has
+
+
 def hardware(p: dict[str, Any]) -> str:
     """What a provenance says of the machine, for tables and stamps."""
     return f"{p['device']}, {p['threads']} thread{'s' * (p['threads'] > 1)}"
@@ -56,7 +59,8 @@ def hardware(p: dict[str, Any]) -> str:
 
 def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per evaluation record (of kind report: per metric): what was trained, what was measured, accuracy in percent,
-    and on what hardware."""
+    on what hardware, and for `published.difference` the standard error that the choice of the test images gives, in points
+    (binomial; of mined pairs, from their own interval), and which images were right in how many of the repeats, if known."""
     rows, runs = [], {}  # a run is evaluated many times, and its config is checked with care
     for r in records:
         ask = r["config"]
@@ -73,16 +77,27 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "kind": r["kind"] + (f", {n} epochs" if (n := ask.get("fit_epochs", 50)) in (30, 60) else ""),  # SePP-ID's
             "C": ask.get("C", 1.0),
             "labels": ask.get("labels", 1.0), "n_train": r["n_train"], "accuracy": r["accuracy"],
-            "hardware": hardware(r["provenance"]), "run_key": r["run_key"],
+            "hardware": hardware(r["provenance"]), "run_key": r["run_key"], "error": _sampling(r["accuracy"], r["n_test"]),
+            "right": r.get("right", "") if r["kind"] != "report" else "",  # a report's images are in an order of their own
+            "repeats": ask.get("repeats", 1),
         })
+        if r["kind"] == "pairs":
+            low, high = r["pairs"]["interval"]
+            rows[-1]["error"] = (high - low) / 2 / 1.96
         if r["kind"] == "report":  # and a row for each of its other metrics; a class's accuracy has the class's name
             features = ask.get("features", "backbone")
             rows[-1] |= {"metric": "accuracy", "channels": run.channels, "undone": undone(run),
                          "method": run.method if features == "backbone" else features}  # fmt: skip
             classes = (name.split(" - ")[0] for name in r["classes"])  # MNIST calls one "8 - eight"
-            others = {"top3": r["top3"], "knn": r["knn"]} | dict(zip(classes, r["per_class"]))
-            rows += [rows[-1] | {"metric": name, "accuracy": value} for name, value in others.items()]
+            images = np.sum(r["confusion"], axis=1).tolist()
+            others = [("top3", r["top3"], r["n_test"]), ("knn", r["knn"], r["n_test"]), *zip(classes, r["per_class"], images)]
+            rows += [rows[-1] | {"metric": name, "accuracy": value, "error": _sampling(value, n)} for name, value, n in others]
     return pd.DataFrame(rows)
+
+
+def _sampling(accuracy: float, n: int) -> float:
+    """The binomial standard error of an accuracy in percent on n images."""
+    return (accuracy * (100 - accuracy) / max(n, 1)) ** 0.5
 
 
 def distinct(names: Iterable[str]) -> str:
@@ -92,7 +107,7 @@ def distinct(names: Iterable[str]) -> str:
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, n, and the standard error sd / sqrt(n) with n - 1 (empty for one seed)."""
-    by = [c for c in frame.columns if c not in ("seed", "accuracy", "run_key", "hardware")]
+    by = [c for c in frame.columns if c not in ("seed", "accuracy", "run_key", "hardware", *SAMPLING)]
     out = frame.groupby(by, sort=False).agg(
         mean=("accuracy", "mean"), se=("accuracy", "sem"), n=("accuracy", "count"),
         hardware=("hardware", distinct))
@@ -149,10 +164,10 @@ def order(cases: dict[str, Sequence[dict[str, Any]]]) -> pd.DataFrame:
     for change, records in cases.items():
         for share, part in evaluations(records).groupby("labels", sort=False):
             wide = part.pivot_table(index="seed", columns="method", values="accuracy").dropna()
-            lead = wide["sidae"] - wide[["simsiam", "dae"]].max(axis=1)
-            mean, low, high = published.interval(lead)
+            lead = published.Difference(wide["sidae"] - wide[["simsiam", "dae"]].max(axis=1), 2**0.5 * part["error"].mean())
+            mean, low, high = lead.interval()
             rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, **wide.mean(), "n": len(lead),
-                         "lead": mean, "low": low, "high": high, "SidAE leads": published.verdict(lead),
+                         "lead": mean, "low": low, "high": high, "SidAE leads": lead.verdict(),
                          "hardware": distinct(part["hardware"])})  # fmt: skip
     return pd.DataFrame(rows).round(2)
 
@@ -864,21 +879,40 @@ def panels(table: pd.DataFrame, draw: Callable[[plt.Axes, pd.DataFrame], Any], c
     return fig
 
 
-def scoreboard(records: Sequence[dict[str, Any]], scale: str, save: bool = False) -> pd.DataFrame:
-    """`published.scoreboard` of these evaluation records, with `save` as figures/<scale>/scoreboard.{csv,html} too."""
-    board = published.scoreboard(evaluations(records), scale)
+def scoreboard(records: Mapping[str, Sequence[dict[str, Any]]], scale: str, save: bool = False) -> pd.DataFrame:
+    """`published.scoreboard` of figure -> the evaluation records that it asks for, with `save` as
+    figures/<scale>/scoreboard.{csv,html} too."""
+    board = published.scoreboard({figure: evaluations(found) for figure, found in records.items() if found}, scale)
     if save:
         write(paths.figures(scale) / "scoreboard.csv", board.to_csv(index=False).encode())
-        page = PAGE.format(title=f"Scoreboard, {scale} scale", body=_scroll(board))
+        page = PAGE.format(title=f"Scoreboard, {scale} scale", body=_verdicts(board))
         write(paths.figures(scale) / "scoreboard.html", page.encode())
     return board
+
+
+def _verdicts(board: pd.DataFrame) -> str:
+    """A scoreboard as HTML: the published numbers, and every claim's verdict, its cases on demand."""
+    numbers, claims = board[board["published"].notna()], published.claims(board)
+    body = [f"<h2>Published numbers</h2>{_scroll(numbers)}"] if len(numbers) else []
+    body.append("<h2>Claims</h2><p>The verdict of a claim is by Holm's correction over its cases: 5 % for all of them "
+                "together. Tested are cases of at least three seeds. By chance 5 % of them would be decided if there were no "
+                "difference. An interval holds the seeds and the choice of the test images.</p>")
+    for c in claims.itertuples():
+        cases = board[(board["statement"] == c.statement) & board["published"].isna()]
+        said = ", ".join(f"{getattr(c, v)} {v}" for v in published.VERDICTS if getattr(c, v))
+        alone = f"; each alone: {said}, by chance {c[-1]:g}" if c.tested else ""
+        body.append(f"<details><summary><b>{c.verdict}</b>: {html.escape(c.statement)} <small>({html.escape(c.paper)}, "
+                    f"{html.escape(c.source)}; {c.cases} case{'s' * (c.cases > 1)}{alone})</small></summary>"
+                    f"{_scroll(cases.drop(columns=['paper', 'source', 'statement', 'claim verdict']))}</details>")
+    return "\n".join(body)
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem }} img {{ max-width: 100% }}
 figure {{ margin: 0 0 2rem }} .scroll {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: 0.85rem }}
-td, th {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #ccc; text-align: left }}</style></head><body>
+td, th {{ padding: 0.2rem 0.6rem; border-bottom: 1px solid #ccc; text-align: left }} summary {{ cursor: pointer }}
+details {{ border-bottom: 1px solid #ccc; padding: 0.3rem 0 }}</style></head><body>
 <h1>{title}</h1>{body}</body></html>"""
 
 
@@ -886,8 +920,8 @@ def _scroll(table: pd.DataFrame) -> str:
     return f'<div class="scroll">{table.dropna(axis=1, how="all").to_html(index=False, na_rep="", border=0)}</div>'
 
 
-def index(scale: str, records: Sequence[dict[str, Any]] = (), notebooks: Sequence[Path] = ()) -> Path:
-    """figures/<scale>/index.html: all figures, inlined, the scoreboard of these evaluation records, links to the executed
+def index(scale: str, records: Mapping[str, Sequence[dict[str, Any]]], notebooks: Sequence[Path] = ()) -> Path:
+    """figures/<scale>/index.html: all figures, inlined, the scoreboard of figure -> evaluation records, links to the executed
     notebooks (their HTML), and on what it was made."""
     folder, body = paths.figures(scale), []
     intro = "The paper's protocol." if scale == "paper" else "Below the paper's scale: trends at most."
@@ -898,10 +932,10 @@ def index(scale: str, records: Sequence[dict[str, Any]] = (), notebooks: Sequenc
         title = html.escape(png.stem.replace("_", " "))
         body.append(f'<h2>{title}</h2><figure><img alt="{title}" src="data:image/png;base64,{image}"><figcaption>'
                     f'<a href="{png.stem}.csv">the plotted numbers</a></figcaption></figure>')
-    if records:
-        body.append(f"<h2>Scoreboard</h2>{_scroll(scoreboard(records, scale, save=True))}")
+    if any(records.values()):
+        body.append(_verdicts(scoreboard(records, scale, save=True)))
     p = provenance(device_of("auto"))
-    seen = {hardware(r["provenance"]) + f", torch {r['provenance']['torch']}" for r in records}
+    seen = {hardware(r["provenance"]) + f", torch {r['provenance']['torch']}" for found in records.values() for r in found}
     body.append(f"<h2>Made with</h2><p>Page: sidae_lib {p['package']}, torch {p['torch']}. Records: "
                 f"{html.escape('; '.join(sorted(seen)) or 'none')}.</p>")
     write(folder / "index.html", PAGE.format(title=f"SidAE figures, {html.escape(scale)} scale", body="\n".join(body)).encode())

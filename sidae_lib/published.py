@@ -1,20 +1,24 @@
 """The papers' numbers and claims as data, and what our records say to each.
 
-`published.csv` holds every number with its source, `claims.csv` every claim in words; a claim's function below, or its
-`sides` ("better > worse"), say which differences over seeds decide it. `scoreboard` puts both beside our evaluations.
+`published.csv` holds every number with its source, `claims.csv` every claim in words, with the figure whose evaluations it
+reads; a claim's function below, or its `sides` ("better > worse"), say which differences decide it. `scoreboard` puts both
+beside our evaluations.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
+
+from .evaluate import how_often_right
 
 KINDS = {"frozen, linear SGD 50 epochs": "linear"}  # protocol -> the kind of evaluation that repeats it
-Cases = Iterator[tuple[str, Sequence[float]]]  # name of a case, one difference per seed, positive as claimed
-CLAIMS: dict[str, Callable[[pd.DataFrame], Cases]] = {}
+SEEDS = 3  # below this many nothing is decided
+TABLE = "datasets_table"  # the figure whose evaluations stand beside the published numbers
 
 
 def table(**where: str | float) -> pd.DataFrame:
@@ -25,21 +29,134 @@ def table(**where: str | float) -> pd.DataFrame:
     return rows
 
 
+# --- differences ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """A difference of accuracies in points.
+
+    seeds: one value per seed.  images: the standard error that the choice of the test images gives to their mean, 0 where
+    it is left out.  Both together make the interval, Student's t of the seeds and the normal's of the images, added in
+    squares; `low` and `high` are the limits between which a claim holds.
+    """
+
+    seeds: pd.Series
+    images: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __sub__(self, other: "Difference") -> "Difference":
+        """By seed, the images' errors added as if each side had test images of its own."""
+        return Difference((self.seeds - other.seeds).dropna(), float(np.hypot(self.images, other.images)))
+
+    @property
+    def mean(self) -> float:
+        return float(self.seeds.mean())
+
+    def half(self, alpha: float = 0.05, n: int = 0) -> float:
+        """Half of the two-sided interval of level 1 - alpha; infinite for one seed. n: as if there were so many seeds."""
+        if len(self) < 2:
+            return np.inf
+        n = n or len(self)
+        spread = float(self.seeds.std(ddof=1)) / n**0.5
+        return float(np.hypot(stats.t.isf(alpha / 2, n - 1) * spread, stats.norm.isf(alpha / 2) * self.images))
+
+    def interval(self, level: float = 0.95) -> tuple[float, float, float]:
+        """Mean, and the two-sided interval around it."""
+        half = self.half(1 - level)
+        return self.mean, self.mean - half, self.mean + half
+
+    def verdict(self, low: float = 0.0, high: float = np.inf) -> str:
+        """supported, contradicted or undecided: where the 95 % interval lies; undecided below three seeds."""
+        return self._judged(0.05, low, high) if len(self) >= SEEDS else f"undecided (n = {len(self)})"
+
+    def _judged(self, alpha: float, low: float, high: float) -> str:
+        a, b = self.mean - self.half(alpha), self.mean + self.half(alpha)
+        return "supported" if low <= a and b <= high else "contradicted" if b < low or a > high else "undecided"
+
+    def _room(self, low: float, high: float) -> float:
+        """How far the mean lies from the nearest limit."""
+        return min(abs(self.mean - low), abs(self.mean - high))
+
+    def p(self, low: float = 0.0, high: float = np.inf) -> float:
+        """The least alpha at which the interval decides; of a verdict, supported or contradicted, it is the p-value."""
+        room = self._room(low, high)
+        if not room or self.half(1 - 1e-12) > room:
+            return 1.0
+        return float(optimize.brentq(lambda a: self.half(a) - room, 1e-15, 1 - 1e-12)) if self.half(1e-15) > room else 0.0
+
+    def would_decide(self, low: float = 0.0, high: float = np.inf) -> str:
+        """Where the mean is as claimed and the interval too wide: how many seeds of this spread would decide it."""
+        if not low < self.mean < high or self.verdict(low, high) == "supported" or len(self) < 2:
+            return ""
+        room, most = self._room(low, high), 1000
+        if stats.norm.isf(0.025) * self.images >= room:
+            return "more test images"
+        if self.half(n=most) > room:
+            return f"more than {most:,} seeds"
+        return f"{next(n for n in range(SEEDS, most + 1) if self.half(n=n) <= room)} seeds"
+
+
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean, and the two-sided Student interval around it; infinite for fewer than two values."""
-    d = np.asarray(differences, float)
-    if len(d) < 2:
-        return d.mean(), -np.inf, np.inf
-    half = stats.t.ppf(0.5 + level / 2, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
-    return d.mean(), d.mean() - half, d.mean() + half
+    """Mean, and the two-sided Student interval over seeds; infinite for fewer than two values."""
+    return Difference(pd.Series(differences, dtype=float)).interval(level)
 
 
-def verdict(differences: Sequence[float], low: float = 0.0, high: float = np.inf) -> str:
-    """supported, contradicted or undecided: where the 95 % interval lies against [low, high]; undecided below n = 3."""
-    _, a, b = interval(differences)
-    if len(differences) < 3:
-        return f"undecided (n = {len(differences)})"
-    return "supported" if low <= a and b <= high else "contradicted" if b < low or a > high else "undecided"
+def _mean(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy by seed, and its standard error by the sampling of test images; several rows are classes of one run."""
+    if (rows.groupby("seed")["run_key"].nunique() > 1).any():
+        raise ValueError("One side of a difference holds two runs of one seed; their mean would be of neither.")
+    rows = rows.assign(square=rows["error"] ** 2)
+    out = rows.groupby("seed").agg(accuracy=("accuracy", "mean"), square=("square", "sum"), k=("accuracy", "count"))
+    return out.assign(error=out["square"] ** 0.5 / out["k"])
+
+
+def between(better: pd.DataFrame, worse: pd.DataFrame) -> Difference:
+    """Accuracy of one side less the other's, for every seed that has both. The test images enter paired, image by image,
+    where it is recorded which were right, else as two binomial samples.
+
+    better, worse: rows of `figures.evaluations`, of each seed those of one run; several are its classes, of which the mean
+    counts. Raises ValueError for two runs of a seed.
+    """
+    a, b = _mean(better), _mean(worse)
+    seeds = (a["accuracy"] - b["accuracy"]).dropna()
+    rows = [side[side["seed"].isin(seeds.index)].sort_values("seed") for side in (better, worse)]
+    if len(seeds) and all(len(side) == len(seeds) and side["right"].all() for side in rows):  # one row a seed, images known
+        one, other = (np.stack([how_often_right({"right": r.right}) / r.repeats for r in side.itertuples()]) for side in rows)
+        if one.shape == other.shape:
+            return Difference(seeds, float(100 * (one - other).mean(0).std(ddof=1) / one.shape[1] ** 0.5))
+    return Difference(seeds, float(np.hypot(a.loc[seeds.index, "error"].mean(), b.loc[seeds.index, "error"].mean())))
+
+
+def where(frame: pd.DataFrame, by: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows whose columns have these values."""
+    return frame[np.logical_and.reduce([frame[column] == value for column, value in by.items()])] if by else frame
+
+
+def difference(frame: pd.DataFrame, one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
+    """`between` the rows of `figures.evaluations` that each filters by column."""
+    return between(where(frame, one), where(frame, other))
+
+
+def sides(frame: pd.DataFrame, query: str) -> Difference:
+    """"better > worse", two queries of the evaluations: the least of one side's runs less the greatest of the other's, by
+    seed; of one run the mean of the rows asked for, which are its classes."""
+    ends = []
+    for q, pick in zip(query.split(" > "), ("idxmin", "idxmax")):
+        rows = frame.query(q)
+        means = pd.concat([_mean(part) for _, part in rows.groupby("run_key")]).reset_index() if len(rows) else rows
+        ends.append(means.loc[means.groupby("seed")["accuracy"].agg(pick)].set_index("seed"))
+    better, worse = ends
+    seeds = (better["accuracy"] - worse["accuracy"]).dropna()
+    return Difference(seeds, float(np.hypot(*(end.loc[seeds.index, "error"].mean() for end in ends))))
+
+
+# --- the scoreboard ------------------------------------------------------------------------------------------------
+
+Cases = Iterator[tuple[str, Difference]]  # name of a case, positive as claimed
+CLAIMS: dict[str, Callable[[pd.DataFrame], Cases]] = {}
 
 
 def claim(name: str) -> Callable:
@@ -51,32 +168,27 @@ def claim(name: str) -> Callable:
     return register
 
 
-def paired(frame: pd.DataFrame, one: dict, other: dict) -> pd.Series:
-    """accuracy(one) - accuracy(other) by seed, for every seed that has both; `one` and `other` filter by column."""
-    series = []
-    for where in (one, other):
-        rows = frame
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        series.append(rows.groupby("seed")["accuracy"].mean())
-    return (series[0] - series[1]).dropna()
+BOARD = ["paper", "source", "statement", "claim verdict", "case", "n", "ours", "se", "published", "published_se", "difference",
+         "low", "high", "z", "p", "verdict", "after Holm", "would decide"]  # fmt: skip
 
 
-BOARD = ["paper", "source", "statement", "case", "n", "ours", "se", "published", "published_se", "difference", "low", "high",
-         "z", "verdict"]  # fmt: skip
-
-
-def scoreboard(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
+def scoreboard(frames: Mapping[str, pd.DataFrame], scale: str) -> pd.DataFrame:
     """Every published number that the evaluations speak to, and every claim that they decide or leave open, a row each.
 
-    frame: `figures.evaluations` of one scale's records; unfinished runs are left out. A number has ours, n, se, published,
-    difference and, where the two are comparable, z = difference / sqrt(se^2 + published_se^2); beside its verdict stands
-    whether a copy of the data, such as re-compressed images, gave it. A claim has a row per case: the mean difference over
-    seeds in points, positive as claimed, its 95 % interval and the verdict.
+    frames: figure -> `figures.evaluations` of the records that it asks for at one scale. A claim reads its own figure's and
+    no others; unfinished runs are left out. A number has ours, n, se, published, difference and, where the two are
+    comparable, z = difference / sqrt(se^2 + published_se^2); beside its verdict stands whether a copy of the data, such as
+    re-compressed images, gave it. A claim has a row per case: the mean difference over seeds in points, positive as claimed,
+    its 95 % interval, p and the verdict of this case alone; its verdict after Holm's correction over the cases of the claim
+    (family-wise 5 %); and, where the sign is right and the interval wide, what would decide it.
     """
-    frame = frame[(frame["scored"] == "test") & finished(frame)]
-    rows = pd.concat([_values(frame, scale), pd.DataFrame(list(_claims(frame)))])
-    return rows.reindex(columns=BOARD).replace([np.inf, -np.inf], np.nan).round(dict.fromkeys(BOARD, 2)).reset_index(drop=True)
+    frames = {figure: frame[finished(frame)] for figure, frame in frames.items() if len(frame)}
+    claimed = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
+    claimed = claimed[claimed["figure"].isin(frames)]
+    rows = [row for _, same in claimed.groupby("claim", sort=False) for row in _judged(list(same.itertuples()), frames)]
+    numbers = _values(frames[TABLE], scale) if TABLE in frames else pd.DataFrame()
+    board = pd.concat([numbers, pd.DataFrame(rows)]).reindex(columns=BOARD).replace([np.inf, -np.inf], np.nan)
+    return board.round(dict.fromkeys(BOARD, 2) | {"p": 4}).reset_index(drop=True)
 
 
 def finished(frame: pd.DataFrame) -> pd.Series:
@@ -84,8 +196,60 @@ def finished(frame: pd.DataFrame) -> pd.Series:
     return frame.groupby("run_key")["epoch"].transform("max") >= frame["of"]
 
 
+def claims(board: pd.DataFrame) -> pd.DataFrame:
+    """A row per claim of a `scoreboard`: its verdict as a whole, how many cases, of these how many were tested (three seeds),
+    how many of those each verdict has when every case is judged alone, and how many would be decided by chance."""
+    rows = []
+    for (paper, source, statement), cases in board[board["published"].isna()].groupby(BOARD[:3], sort=False):
+        tested = cases[cases["n"] >= SEEDS]
+        count = tested["verdict"].value_counts()
+        rows.append({"paper": paper, "source": source, "statement": statement, "verdict": cases["claim verdict"].iloc[0],
+                     "cases": len(cases), "tested": len(tested), **{v: count.get(v, 0) for v in VERDICTS},
+                     "by chance": round(0.05 * len(tested), 2)})  # fmt: skip
+    return pd.DataFrame(rows, columns=["paper", "source", "statement", "verdict", "cases", "tested", *VERDICTS, "by chance"])
+
+
+VERDICTS = ("supported", "contradicted", "undecided")
+
+
+def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
+    """Which hypotheses Holm's step-down procedure rejects, so that one is wrongly rejected with probability alpha at most."""
+    out, order = [False] * len(p), np.argsort(p, kind="stable")
+    for k, i in enumerate(order):
+        if p[i] > alpha / (len(p) - k):
+            break
+        out[i] = True
+    return out
+
+
+def _cases(c: Any, frame: pd.DataFrame) -> Cases:
+    """What a row of claims.csv compares; `both_needed` looks for its w on validation images, all others read test images."""
+    asked = frame if c.name == "both_needed" else frame[frame["scored"] == "test"]
+    return CLAIMS[c.name](asked) if c.name in CLAIMS else _scenarios(asked, c.sides, c.case)
+
+
+def _judged(rows: Sequence[Any], frames: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """The cases of a claim, the rows of claims.csv with its words, each judged alone and all together."""
+    c, cases = rows[0], [(name, d) for row in rows for name, d in _cases(row, frames[row.figure]) if len(d)]
+    limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
+    tested = [k for k, (_, d) in enumerate(cases) if len(d) >= SEEDS]
+    kept = dict(zip(tested, holm([cases[k][1].p(*limits) for k in tested])))
+    after = [d.verdict(*limits) if kept.get(k) else "undecided" for k, (_, d) in enumerate(cases)]
+    yes, no = (after.count(v) for v in VERDICTS[:2])
+    whole = ("undecided (fewer than three seeds)" if not tested else "undecided" if not yes + no else
+             f"mixed: {yes} for, {no} against, of {len(tested)}" if yes and no else
+             "supported" * bool(yes) + "contradicted" * bool(no)
+             + f" in {yes + no} of {len(tested)} cases" * (yes + no < len(tested)))  # fmt: skip
+    for k, (case, d) in enumerate(cases):
+        mean, low, high = d.interval()
+        yield {"paper": c.paper, "source": c.source, "statement": c.claim, "claim verdict": whole, "case": case, "n": len(d),
+               "difference": mean, "low": low, "high": high, "p": d.p(*limits) if k in kept else np.nan,
+               "verdict": d.verdict(*limits), "after Holm": after[k] if k in kept else d.verdict(*limits),
+               "would decide": d.would_decide(*limits)}  # fmt: skip
+
+
 def _values(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
-    last = _last(_plain(frame))
+    last = _last(_plain(frame[frame["scored"] == "test"]))
     by = ["method", "pretrain_name", "data", "display", "labels", "kind"]
     ours = last.groupby(by, sort=False)["accuracy"].agg(ours="mean", se="sem", n="count").reset_index()
     paper = table().assign(kind=lambda t: t["protocol"].map(KINDS)).rename(columns={"value": "published", "se": "published_se"})
@@ -111,30 +275,14 @@ def _comparable(row: Any, scale: str) -> str:
     return verdict + ", data copy" * ("copy" in row.display)
 
 
-def _claims(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    for c in pd.read_csv(Path(__file__).with_name("claims.csv")).itertuples():
-        for case, differences in CLAIMS[c.name](frame) if c.name in CLAIMS else _scenarios(frame, c.sides):
-            if len(differences):
-                mean, low, high = interval(differences)
-                limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
-                yield {"paper": c.paper, "source": c.source, "statement": c.claim, "case": case, "n": len(differences),
-                       "difference": mean, "low": low, "high": high, "verdict": verdict(differences, *limits)}
-
-
-def sides(frame: pd.DataFrame, query: str) -> pd.Series:
-    """"better > worse", two queries of the evaluations: the least of one side's runs less the greatest of the other's, by
-    seed; of one run the mean of the rows asked for, which are its classes."""
-    keys = ["seed", "data", "method", "augment"]
-    better, worse = (frame.query(q).groupby(keys)["accuracy"].mean().groupby("seed") for q in query.split(" > "))
-    return (better.min() - worse.max()).dropna()
-
-
-def _scenarios(frame: pd.DataFrame, query: str) -> Cases:
+def _scenarios(frame: pd.DataFrame, query: str, case: str) -> Cases:
     """The student report's, with none of its confounds undone."""
     if "undone" in frame:
         frame = frame[frame["undone"] == ""]
         shown = dict.fromkeys(name for q in query.split(" > ") for name in frame.query(q)["display"])
-        yield ", ".join(shown), sides(frame, query)
+        name = ", ".join([*shown, *[case] * bool(case)])
+        if all(len(frame.query(q)) for q in query.split(" > ")):
+            yield name, sides(frame, query)
 
 
 # --- SidAE ---------------------------------------------------------------------------------------------------------
@@ -171,7 +319,7 @@ def _rises(frame: pd.DataFrame) -> Cases:
             own = part[part["method"] == m]
             if own["epoch"].nunique() > 1:
                 first, last = own["epoch"].min(), own["of"].max()
-                yield _name(display, labels, m), paired(own, {"epoch": last}, {"epoch": first})
+                yield _name(display, labels, m), difference(own, {"epoch": last}, {"epoch": first})
 
 
 @claim("early")
@@ -181,7 +329,7 @@ def _early(frame: pd.DataFrame) -> Cases:
         if labels == min(share for _, share, _ in found):
             for m in SSL:
                 first = {"method": m, "epoch": part[part["method"] == m]["epoch"].min()}
-                yield _name(display, labels, m), paired(part, first, {"method": "supervised"})
+                yield _name(display, labels, m), difference(part, first, {"method": "supervised"})
 
 
 @claim("supervised_full")
@@ -190,62 +338,63 @@ def _supervised_full(frame: pd.DataFrame) -> Cases:
     for display, labels, part in found:
         if labels == max(share for _, share, _ in found):
             for m in SSL:
-                yield _name(display, labels, m), paired(_last(part), {"method": "supervised"}, {"method": m})
+                yield _name(display, labels, m), difference(_last(part), {"method": "supervised"}, {"method": m})
 
 
 @claim("beats_parts")
 def _beats_parts(frame: pd.DataFrame) -> Cases:
     for display, labels, part in _probed(frame):
         for m in SSL[1:]:
-            yield _name(display, labels, f"against {m}"), paired(_last(part), {"method": "sidae"}, {"method": m})
+            yield _name(display, labels, f"against {m}"), difference(_last(part), {"method": "sidae"}, {"method": m})
 
 
 @claim("stable_seeds")
 def _stable_seeds(frame: pd.DataFrame) -> Cases:
-    """Distances from the method's own mean over seeds, a Levene test by pairs."""
+    """Distances from the method's own mean over seeds, a Levene test by pairs. The test images are taken as given: what they
+    do to all seeds alike cancels."""
     for display, labels, part in _probed(frame):
         own = {m: p.set_index("seed")["accuracy"] for m, p in _last(part).groupby("method")}
         if all(len(own.get(m, ())) > 1 for m in SSL[:2]):
             gap = {m: (own[m] - own[m].mean()).abs() for m in SSL[:2]}
-            yield _name(display, labels), (gap["simsiam"] - gap["sidae"]).dropna()
+            yield _name(display, labels), Difference((gap["simsiam"] - gap["sidae"]).dropna())
 
 
 @claim("stable_epochs")
 def _stable_epochs(frame: pd.DataFrame) -> Cases:
-    """Standard deviation over the checkpoints of the second half of pre-training, seed by seed."""
+    """Standard deviation over the checkpoints of the second half of pre-training, seed by seed; test images as given."""
     for display, labels, part in _probed(frame):
         late = part[part["epoch"] >= part["of"] / 2]
         spread = {m: p.groupby("seed")["accuracy"].std() for m, p in late.groupby("method") if m in SSL[:2]}
         if len(spread) == 2:
-            yield _name(display, labels), (spread["simsiam"] - spread["sidae"]).dropna()
+            yield _name(display, labels), Difference((spread["simsiam"] - spread["sidae"]).dropna())
 
 
 @claim("ae_beats_simsiam")
 def _ae_beats_simsiam(frame: pd.DataFrame) -> Cases:
     for display, labels, part in _probed(frame):
         if "MNIST" in display or display == "digits":
-            yield _name(display, labels), paired(_last(part), {"method": "dae"}, {"method": "simsiam"})
+            yield _name(display, labels), difference(_last(part), {"method": "dae"}, {"method": "simsiam"})
 
 
 @claim("beats_supervised_mnist")
 def _beats_supervised_mnist(frame: pd.DataFrame) -> Cases:
     for display, labels, part in _probed(frame):
         if "MNIST" in display or display == "digits":
-            yield _name(display, labels), paired(_last(part), {"method": "sidae"}, {"method": "supervised"})
+            yield _name(display, labels), difference(_last(part), {"method": "sidae"}, {"method": "supervised"})
 
 
 @claim("finetuned_beat_supervised")
 def _finetuned(frame: pd.DataFrame) -> Cases:
     for display, labels, part in _probed(frame, "finetune"):
         for m in SSL:
-            yield _name(display, labels, m), paired(_last(part), {"method": m}, {"method": "supervised"})
+            yield _name(display, labels, m), difference(_last(part), {"method": m}, {"method": "supervised"})
 
 
 @claim("finetuned_sidae_best")
 def _finetuned_best(frame: pd.DataFrame) -> Cases:
     for display, labels, part in _probed(frame, "finetune"):
         for m in SSL[1:]:
-            yield _name(display, labels, f"against {m}"), paired(_last(part), {"method": "sidae"}, {"method": m})
+            yield _name(display, labels, f"against {m}"), difference(_last(part), {"method": "sidae"}, {"method": m})
 
 
 def _transferred(frame: pd.DataFrame) -> Iterator[tuple[str, str, float, pd.DataFrame]]:
@@ -262,52 +411,65 @@ def _transferred(frame: pd.DataFrame) -> Iterator[tuple[str, str, float, pd.Data
 @claim("transfer_beats_supervised")
 def _transfer_beats(frame: pd.DataFrame) -> Cases:
     for pretrain, display, labels, part in _transferred(frame):
-        for m in SSL[:2]:
-            yield _name(f"{pretrain} to {display}", labels, m), paired(_last(part), {"method": m}, {"method": "supervised_own"})
+        for m in SSL[:2] if pretrain == display else ():
+            own = difference(_last(part), {"method": m}, {"method": "supervised_own"})
+            yield _name(f"{pretrain} to {display}", labels, m), own
+
+
+@claim("transfer_supervised")
+def _transfer_supervised(frame: pd.DataFrame) -> Cases:
+    found = list(_transferred(frame))
+    for pretrain, display, labels, part in found:
+        for m in SSL if pretrain != display and labels == max(share for _, _, share, _ in found) else ():
+            own = difference(_last(part), {"method": "supervised_own"}, {"method": m})
+            yield _name(f"{pretrain} to {display}", labels, m), own
 
 
 @claim("transfer_close")
 def _transfer_close(frame: pd.DataFrame) -> Cases:
     for pretrain, display, labels, part in _transferred(frame):
-        yield _name(f"{pretrain} to {display}", labels), paired(_last(part), {"method": "sidae"}, {"method": "sidae_own"})
+        yield _name(f"{pretrain} to {display}", labels), difference(_last(part), {"method": "sidae"}, {"method": "sidae_own"})
 
 
 def _sweep(frame: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
-    """Accuracy by (seed, w) where more than one w inside (0, 1) was run, the ends from the autoencoder and SimSiam."""
+    """(set, share of labels, rows) where more than one w inside (0, 1) was run, with the seeds that have every w; the ends
+    are the autoencoder, w = 0, and SimSiam, w = 1."""
     own = _last(frame[(frame["kind"] == "linear") & (frame["pretrain"] == frame["display"])
                       & frame["method"].isin(SSL) & (frame["target"] == "standardised, mean")])
     w = own["w"].where(own["method"] == "sidae", (own["method"] == "simsiam").astype(float))
     for (display, labels), part in own.assign(w=w).groupby(["display", "labels"], sort=False):
-        grid = part.pivot_table(index="seed", columns="w", values="accuracy").dropna()
-        if {0.0, 1.0} <= set(grid) and len(grid.columns) > 3:
-            yield display, labels, grid
+        part = part[part.groupby("seed")["w"].transform("nunique") == part["w"].nunique()]
+        if {0.0, 1.0} <= set(part["w"]) and part["w"].nunique() > 3:
+            yield display, labels, part
 
 
 @claim("both_needed")
 def _both_needed(frame: pd.DataFrame) -> Cases:
-    """The best mean inside (0, 1) against each end: optimistic for the inside, whose best is picked by the same numbers."""
-    for display, labels, grid in _sweep(frame):
-        best = grid.drop(columns=[0.0, 1.0]).mean().idxmax()
-        for end, name in ((0.0, "the autoencoder"), (1.0, "SimSiam")):
-            yield _name(display, labels, f"w = {best:g} against {name}"), grid[best] - grid[end]
+    """The w inside (0, 1) that is best on validation images, scored on test images, against each end."""
+    val = {(display, labels): part for display, labels, part in _sweep(frame[frame["scored"] == "val"])}
+    for display, labels, part in _sweep(frame[frame["scored"] == "test"]):
+        if (chosen := val.get((display, labels))) is not None:
+            best = chosen[chosen["w"].between(0, 1, "neither")].groupby("w")["accuracy"].mean().idxmax()
+            for end, name in ((0.0, "the autoencoder"), (1.0, "SimSiam")):
+                yield _name(display, labels, f"w = {best:g} against {name}"), difference(part, {"w": best}, {"w": end})
 
 
 @claim("siamese_matters_more")
 def _siamese_matters_more(frame: pd.DataFrame) -> Cases:
     for display, labels, part in _probed(frame):
-        yield _name(display, labels), paired(_last(part), {"method": "simsiam"}, {"method": "dae"})
+        yield _name(display, labels), difference(_last(part), {"method": "simsiam"}, {"method": "dae"})
 
 
 @claim("w_alike")
 def _w_alike(frame: pd.DataFrame) -> Cases:
     """What an end of w costs against 0.5, with scarce less with many labels."""
-    grids = {(display, labels): grid for display, labels, grid in _sweep(frame)}
-    shares = sorted({labels for _, labels in grids})
-    for display in dict.fromkeys(d for d, _ in grids):
-        if len(shares) == 2 and all((display, share) in grids for share in shares):
-            few, many = (grids[display, share] for share in shares)
+    swept = {(display, labels): part for display, labels, part in _sweep(frame)}
+    shares = sorted({labels for _, labels in swept})
+    for display in dict.fromkeys(d for d, _ in swept):
+        if len(shares) == 2 and all((display, share) in swept for share in shares):
             for end in (0.0, 1.0):
-                yield f"{display}, w = {end:g} against 0.5", ((few[end] - few[0.5]) - (many[end] - many[0.5])).dropna()
+                few, many = (difference(swept[display, share], {"w": end}, {"w": 0.5}) for share in shares)
+                yield f"{display}, w = {end:g} against 0.5", few - many
 
 
 @claim("loses_more")
@@ -316,10 +478,10 @@ def _loses_more(frame: pd.DataFrame) -> Cases:
     for display, part in _last(frame).groupby("display", sort=False):
         rows = pd.concat([part[:0], *(p for _, _, p in _probed(part))])
         if len(shares := sorted(set(rows["labels"]))) == 2:
-            loss = {m: paired(rows, {"method": m, "labels": shares[1]}, {"method": m, "labels": shares[0]})
+            loss = {m: difference(rows, {"method": m, "labels": shares[1]}, {"method": m, "labels": shares[0]})
                     for m in ("supervised", *SSL)}
             for m in SSL:
-                yield f"{display}, {m}", (loss["supervised"] - loss[m]).dropna()
+                yield f"{display}, {m}", loss["supervised"] - loss[m]
 
 
 # --- five axes -----------------------------------------------------------------------------------------------------
@@ -343,7 +505,9 @@ def _yadim_robust(frame: pd.DataFrame) -> Cases:
         spread = {k: v.max(axis=1) - v.min(axis=1) for k, v in wide.items()}
         for (m, axis), other in spread.items():
             if m != "yadim" and ("yadim", axis) in spread:
-                yield _name(display, labels, f"{axis}, against {m}"), (other - spread["yadim", axis]).dropna()
+                error = 2 * float((part["error"] ** 2).mean() ** 0.5)  # of four accuracies, as if of four sets of test images
+                yield (_name(display, labels, f"{axis}, against {m}"),
+                       Difference((other - spread["yadim", axis]).dropna(), error))
 
 
 @claim("special_cases")
@@ -354,7 +518,7 @@ def _special_cases(frame: pd.DataFrame) -> Cases:
         for m, varied in made.items():
             same = part[(part["method"] == "composed") & part["varied"].str.contains(varied)]
             own = part[(part["method"] == m) & (part["varied"] == "")]
-            yield _name(display, labels, m), paired(pd.concat([own, same]), {"method": m}, {"method": "composed"})
+            yield _name(display, labels, m), difference(pd.concat([own, same]), {"method": m}, {"method": "composed"})
 
 
 # --- SePP-ID: by logistic regression, which does not depend on the scale of features ------------------------------
@@ -372,20 +536,20 @@ def _pairs(frame: pd.DataFrame, kind: str) -> Iterator[tuple[str, pd.DataFrame, 
 def _pairs_beat_none(frame: pd.DataFrame) -> Cases:
     for case, part, mined, none in _pairs(frame, "mined"):
         for epoch in sorted(part["epoch"].unique()):
-            yield f"{case}, epoch {epoch}", paired(part, mined | {"epoch": epoch}, none | {"epoch": epoch})
+            yield f"{case}, epoch {epoch}", difference(part, mined | {"epoch": epoch}, none | {"epoch": epoch})
 
 
 @claim("half_the_epochs")
 def _half_the_epochs(frame: pd.DataFrame) -> Cases:
     for case, part, mined, none in _pairs(frame, "mined"):
         if half := max((e for e in part["epoch"] if 2 * e <= part["of"].max()), default=0):
-            yield f"{case}, epoch {half}", paired(part, mined | {"epoch": half}, none | {"epoch": part["of"].max()})
+            yield f"{case}, epoch {half}", difference(part, mined | {"epoch": half}, none | {"epoch": part["of"].max()})
 
 
 @claim("random_add_nothing")
 def _random_add_nothing(frame: pd.DataFrame) -> Cases:
     for case, part, random, none in _pairs(frame, "random"):
-        yield case, paired(_last(part), random, none)
+        yield case, difference(_last(part), random, none)
 
 
 @claim("originals_and_training")
@@ -394,4 +558,4 @@ def _originals_and_training(frame: pd.DataFrame) -> Cases:
     for (display, views), part in own[own["input"] != "none"].groupby(["display", "input"], sort=False):
         plain, K = _last(own)[_last(own)["input"] == "none"], part["n_train"]
         both = pd.concat([part[part["epoch"] == 0], plain[plain["n_train"].isin(K)]])
-        yield display, paired(both, {"input": "none"}, {"input": views})
+        yield display, difference(both, {"input": "none"}, {"input": views})

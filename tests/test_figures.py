@@ -25,12 +25,13 @@ def page_file(trained) -> Path:
     notebook = trained / "executed" / "01_accuracy_vs_epochs.html"
     notebook.parent.mkdir()
     notebook.write_text("<html><title>01</title></html>")
-    return figures.index("smoke", records, [notebook])
+    return figures.index("smoke", {"accuracy_vs_epochs": records}, [notebook])
 
 
 def test_the_page_names_what_it_shows(page_file):
     text = page_file.read_text()
-    assert "Below the paper's scale" in text and "Scoreboard" in text and "undecided (n = 1)" in text
+    assert "Below the paper's scale" in text and "<h2>Claims</h2>" in text and "undecided (n = 1)" in text
+    assert "<details><summary><b>undecided (fewer than three seeds)</b>" in text
     for link in re.findall(r'href="([^"d][^"]*)"', text):
         assert (page_file.parent / link).exists(), link
     assert {p.suffix for p in page_file.parent.glob("scoreboard.*")} == {".csv", ".html"}
@@ -46,7 +47,7 @@ def test_a_browser_shows_it_without_an_error_on_a_phone(page_file, name, tmp_pat
     if name == "laptop":  # all committed figures
         shutil.copytree(paths.ROOT / "figures" / "laptop", tmp_path / "laptop")
         monkeypatch.setenv("SIDAE_FIGURES", str(tmp_path))
-        file = figures.index("laptop")
+        file = figures.index("laptop", {})
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 390, "height": 844})

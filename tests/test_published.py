@@ -1,15 +1,24 @@
 """Claims and the scoreboard, on evaluations whose truth is known because they are written here."""
 
+import base64
+import dataclasses
+import re
+import typing
+import zlib
+from contextlib import suppress
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from sidae_lib import experiments, figures, paths, published, runs
+from sidae_lib import experiments, figures, methods, paths, published, runs
+from sidae_lib.config import EvalConfig, SidaeError
 
 ROW = {"data": "cifar10", "display": "CIFAR-10", "pretrain": "CIFAR-10", "pretrain_name": "cifar10", "w": 0.5,
        "augment": "simsiam_cifar", "target": "standardised, mean", "scored": "test", "kind": "linear", "n_train": 500,
-       "input": "none", "varied": ""}
+       "input": "none", "varied": "", "error": 0.0, "right": "", "repeats": 1}
+FIGURES = pd.read_csv(published.__file__.replace("published.py", "claims.csv"))["figure"].unique()
 
 
 def row(method, seed, accuracy, epoch=200, labels=0.01, **changes):
@@ -20,9 +29,18 @@ def row(method, seed, accuracy, epoch=200, labels=0.01, **changes):
     return {"run_key": " ".join(str(out[k]) for k in run)} | out
 
 
+def scored(rows, scale="paper"):
+    """The board of rows that every figure asks for."""
+    return published.scoreboard(dict.fromkeys([*FIGURES, published.TABLE], pd.DataFrame(rows)), scale)
+
+
 def claims(rows, statement):
-    board = published.scoreboard(pd.DataFrame(rows), "paper")
+    board = scored(rows)
     return board[board["statement"].str.startswith(statement)].set_index("case")
+
+
+def differences(*values, images=0.0):
+    return published.Difference(pd.Series(values, dtype=float), images)
 
 
 def test_interval_is_students():
@@ -33,19 +51,92 @@ def test_interval_is_students():
     assert published.interval([4.0]) == (4.0, -np.inf, np.inf)
 
 
-@pytest.mark.parametrize("differences, expected", [
+def test_an_interval_holds_seeds_and_test_images():
+    """Added in squares; seeds that agree to the last digit leave the normal interval of the test images."""
+    assert differences(2, 2, 2, images=0.5).interval() == pytest.approx((2, 2 - 1.959964 * 0.5, 2 + 1.959964 * 0.5))
+    both, seeds = differences(1, 2, 3, images=0.5), differences(1, 2, 3)
+    assert both.half() ** 2 == pytest.approx(seeds.half() ** 2 + (1.959964 * 0.5) ** 2)
+    assert (both - differences(0, 0, 0, images=1.2)).images == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("values, expected", [
     ([1.0, 1.1, 0.9], "supported"), ([-1.0, -1.1, -0.9], "contradicted"), ([1.0, -1.1, 0.4], "undecided"),
     ([5.0, 5.0], "undecided (n = 2)"),  # no spread and no verdict: two seeds say nothing about spread
 ])
-def test_verdict(differences, expected):
-    assert published.verdict(differences) == expected
+def test_verdict(values, expected):
+    assert differences(*values).verdict() == expected
 
 
 def test_a_margin_is_an_equivalence_test():
     """Close means that the whole interval lies within the margin; a wide interval around 0 is undecided."""
-    assert published.verdict([0.1, -0.2, 0.0], -2, 2) == "supported"
-    assert published.verdict([3.0, 3.1, 2.9], -2, 2) == "contradicted"
-    assert published.verdict([5.0, -5.0, 0.0], -2, 2) == "undecided"
+    assert differences(0.1, -0.2, 0.0).verdict(-2, 2) == "supported"
+    assert differences(3.0, 3.1, 2.9).verdict(-2, 2) == "contradicted"
+    assert differences(5.0, -5.0, 0.0).verdict(-2, 2) == "undecided"
+
+
+def test_p_is_scipys_and_decides_with_the_interval():
+    d = differences(0.4, 1.1, 0.2, 0.9)
+    assert d.p() == pytest.approx(stats.ttest_1samp(d.seeds, 0).pvalue)
+    assert differences(1, 1, 1, images=0.5).p() == pytest.approx(2 * stats.norm.sf(2))
+    margin = differences(0.3, -0.1, 0.2)  # within 1: the greater of the two one-sided tests at twice its p
+    assert margin.p(-1, 1) == pytest.approx(stats.ttest_1samp(margin.seeds, 1).pvalue)
+    assert differences(0, 0, 0).p() == 1 and differences(1, 1, 1).p() == 0
+    for d in (differences(0.4, 1.1, 0.2), differences(0.4, 0.5, 0.2, images=0.1)):
+        assert (d.p() <= 0.05) == (d.verdict() != "undecided")
+
+
+def test_how_many_seeds_would_decide():
+    d = differences(1.0, -0.5, 2.0)  # mean 0.83, sd 1.26
+    assert d.verdict() == "undecided" and d.would_decide() == "12 seeds"
+    sd = d.seeds.std()
+    assert stats.t.isf(0.025, 11) * sd / 12**0.5 < d.mean < stats.t.isf(0.025, 10) * sd / 11**0.5
+    assert differences(1.0, -0.5, 2.0, images=1).would_decide() == "more test images"
+    assert differences(10, -10, 0.1).would_decide() == "more than 1,000 seeds"
+    assert not differences(-1.0, 0.5, -2.0).would_decide() and not differences(1, 1.1, 0.9).would_decide()
+
+
+def test_holm_is_the_step_down_procedure():
+    """Holm 1979: the smallest p against alpha / 4, the next against alpha / 3, and nothing after the first that fails."""
+    assert published.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert published.holm([0.04]) == [True] and published.holm([]) == [] and not any(published.holm([0.02, 0.03, 0.04]))
+
+
+def test_test_images_enter_paired_where_it_is_known_which_were_right():
+    """Two networks that differ on 30 of 1,000 images: the paired error is that of the 30, a binomial one far greater."""
+    rng = np.random.default_rng(0)
+    base = (rng.random(1000) < 0.6).astype(np.uint8)
+    other = base.copy()
+    other[:30] = 0
+    pack = lambda v: base64.b64encode(zlib.compress((5 * v).tobytes())).decode()  # noqa: E731
+    rows = [row(m, s, 100 * v.mean(), error=1.5, right=pack(v), repeats=5) for s in range(3)
+            for m, v in (("sidae", base), ("dae", other))]
+    d = published.difference(pd.DataFrame(rows), {"method": "sidae"}, {"method": "dae"})
+    change = 1.0 * base - other
+    assert d.mean == pytest.approx(100 * change.mean()) and d.images == pytest.approx(100 * change.std(ddof=1) / 1000**0.5)
+    rows[0]["right"] = ""  # one that is not known: both as binomial samples
+    d = published.difference(pd.DataFrame(rows), {"method": "sidae"}, {"method": "dae"})
+    assert d.images == pytest.approx(1.5 * 2**0.5)
+
+
+def test_one_side_is_never_the_mean_of_two_runs():
+    rows = [row("sidae", 0, 50.0), row("sidae", 0, 60.0, of=4, epoch=4), row("dae", 0, 40.0)]
+    with pytest.raises(ValueError, match="two runs of one seed"):
+        published.difference(pd.DataFrame(rows), {"method": "sidae"}, {"method": "dae"})
+
+
+def test_a_claim_as_a_whole_is_judged_by_holm_over_its_cases():
+    """Three cases of which one is decided alone, with p between alpha / 3 and alpha: by Holm none is."""
+    gaps = {"CIFAR-10": (1.0, 2.0, 1.5), "MNIST": (1.0, -1.0, 0.5), "Fashion-MNIST": (1.0, -1.0, -0.5)}
+    rows = [row(m, s, 50.0 + k * g[s], display=d, pretrain=d) for d, g in gaps.items() for s in range(3)
+            for k, m in enumerate(("simsiam", "sidae"))]  # fmt: skip
+    board = claims(rows, "SidAE beats SimSiam")
+    assert board["verdict"].tolist().count("supported") == 1 and 0.05 / 3 < board["p"].min() < 0.05
+    assert set(board["claim verdict"]) == {"undecided"} == set(board["after Holm"])
+    whole = published.claims(scored(rows)).set_index("statement").loc["SidAE beats SimSiam and the autoencoder"]
+    assert (whole["cases"], whole["supported"], whole["by chance"]) == (3, 1, 0.15)
+    sure = [r | {"accuracy": 50.0 + 9 * (r["method"] == "sidae") + 0.1 * r["seed"] ** 2 * (r["method"] == "sidae")}
+            if r["display"] == "CIFAR-10" else r for r in rows]  # fmt: skip
+    assert set(claims(sure, "SidAE beats SimSiam")["claim verdict"]) == {"supported in 1 of 3 cases"}
 
 
 def test_differences_are_paired_by_seed():
@@ -57,9 +148,18 @@ def test_differences_are_paired_by_seed():
     assert board.index.tolist() == ["CIFAR-10, 1 %, against simsiam"] and board["difference"].tolist() == [1.0]
 
 
-def test_every_claim_has_its_words_and_its_function():
+def test_every_claim_has_its_words_its_function_and_its_figure():
     claims = pd.read_csv(published.__file__.replace("published.py", "claims.csv"))
     assert set(claims[claims["sides"].isna()]["name"]) == set(published.CLAIMS) and claims["name"].is_unique
+    assert {published.TABLE, *claims["figure"]} <= set(experiments.FIGURES)
+
+
+def test_every_number_and_claim_has_a_source_that_can_be_looked_up():
+    place = r"(abstract|(Table|Tables|Fig\.|Figure|Sec\.) \d|.+, page .+)"
+    claims = pd.read_csv(published.__file__.replace("published.py", "claims.csv"))
+    for source in (*published.table()["source"], *claims["source"]):
+        assert re.match(place, source), source
+    assert not re.match(place, "recalled") and not re.match(place, "text") and not re.match(place, "aggregator page")
 
 
 def test_a_claim_with_sides_takes_the_least_of_the_better_and_the_greatest_of_the_worse():
@@ -70,7 +170,8 @@ def test_a_claim_with_sides_takes_the_least_of_the_better_and_the_greatest_of_th
     rows += [row("triplet", s, 99.0, augment="none", **report | change) for s in range(3)
              for change in ({"undone": "lr 0.05"}, {"metric": "knn"})]  # fmt: skip
     board = claims(rows, "SimCLR's augmentation is the best for triplet")
-    assert board.index.tolist() == ["MNIST"] and board["difference"].tolist() == [2.5] and board["n"].tolist() == [3]
+    assert board.index.tolist() == ["MNIST, grey images"] and board["difference"].tolist() == [2.5]
+    assert board["n"].tolist() == [3]
     assert board["verdict"].tolist() == ["supported"]
     assert claims(rows, "triplet beats pairwise").empty and claims([row("sidae", 0, 50.0)], "triplet").empty
 
@@ -102,7 +203,8 @@ def test_spread_over_seeds_and_over_epochs():
 
 def test_both_parts_are_needed_only_if_the_inside_beats_both_ends():
     rows = grid(dae=40.0, simsiam=60.0)
-    rows += [row("sidae", s, a + 0.05 * s, w=w) for w, a in ((0.25, 45.0), (0.5, 50.0), (0.75, 55.0)) for s in range(3)]
+    rows += [row("sidae", s, a + 0.05 * s, w=w) for w, a in ((0.25, 58.0), (0.5, 50.0), (0.75, 55.0)) for s in range(3)]
+    rows += [r | {"scored": "val", "accuracy": 70.0 if r["w"] == 0.75 else 50.0} for r in rows]  # which chooses, not test
     board = claims(rows, "a weight between the ends")
     assert board.loc["CIFAR-10, 1 %, w = 0.75 against the autoencoder", "verdict"] == "supported"
     assert board.loc["CIFAR-10, 1 %, w = 0.75 against SimSiam", "verdict"] == "contradicted"
@@ -111,11 +213,11 @@ def test_both_parts_are_needed_only_if_the_inside_beats_both_ends():
 def test_a_value_meets_its_published_cell():
     """Table 1, CIFAR-10, 1 %: 51.67 (0.28)."""
     rows = [row("sidae", s, a) for s, a in enumerate((51.0, 52.0, 53.0))]
-    value = published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]
+    value = scored(rows).iloc[0]
     assert (value["ours"], value["n"], value["published"], value["published_se"]) == (52.0, 3, 51.67, 0.28)
     assert value["z"] == pytest.approx((52 - 51.67) / np.hypot(1 / 3**0.5, 0.28), abs=0.01) and value["verdict"] == "agrees"
     rows = [r | {"accuracy": r["accuracy"] - 20} for r in rows]
-    assert published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]["verdict"] == "below"
+    assert scored(rows).iloc[0]["verdict"] == "below"
 
 
 def test_a_figures_end_points_are_those_of_the_same_pre_training_set():
@@ -131,7 +233,7 @@ def test_a_figures_end_points_are_those_of_the_same_pre_training_set():
 
 def test_another_scale_is_not_comparable_and_gets_no_z():
     rows = [row("sidae", s, 52.0 + s) for s in range(3)]
-    value = published.scoreboard(pd.DataFrame(rows), "laptop").iloc[0]
+    value = scored(rows, "laptop").iloc[0]
     assert value["verdict"] == "not comparable: laptop scale" and np.isnan(value["z"]) and value["difference"] == 1.33
 
 
@@ -139,7 +241,7 @@ def test_another_scale_is_not_comparable_and_gets_no_z():
 def test_a_copy_of_the_data_has_difference_and_z_and_says_so(accuracy, says):
     rows = [[row("sidae", s, accuracy + s, display="CIFAR-10" + copy, pretrain="CIFAR-10" + copy) for s in range(3)]
             for copy in ("", " (JPEG copy)")]  # fmt: skip
-    value, copy = (published.scoreboard(pd.DataFrame(r), "paper").iloc[0] for r in rows)
+    value, copy = (scored(r).iloc[0] for r in rows)
     assert value["verdict"] == says and copy["verdict"] == f"{says}, data copy"
     assert (copy["difference"], copy["z"]) == (value["difference"], value["z"]) and np.isfinite(copy["z"])
 
@@ -147,14 +249,14 @@ def test_a_copy_of_the_data_has_difference_and_z_and_says_so(accuracy, says):
 def test_the_suspect_cells_are_no_targets():
     stl = {"labels": 1.0, "pretrain": "STL-10", "pretrain_name": "stl10"}
     rows = [row(m, s, 57.0 + s, **stl) for m in ("dae", "simsiam") for s in range(3)]
-    board = published.scoreboard(pd.DataFrame(rows), "paper")
+    board = scored(rows)
     values = board[board["source"] == "Table 1"].dropna(subset="published")
     assert values["verdict"].tolist() == ["not comparable: suspect cell"] * 2
 
 
 def test_validation_scores_do_not_enter():
     rows = [row("sidae", s, 52.0) for s in range(3)] + [row("sidae", s, 99.0, scored="val") for s in range(3)]
-    assert published.scoreboard(pd.DataFrame(rows), "paper").iloc[0]["ours"] == 52.0
+    assert scored(rows).iloc[0]["ours"] == 52.0
 
 
 def test_another_scale_of_the_targets_is_another_method():
@@ -220,12 +322,43 @@ def test_originals_and_training():
     assert board["difference"].tolist() == [71] and board["verdict"].tolist() == ["supported"]
 
 
-def test_the_share_of_labels_of_another_kind_of_evaluation_hides_no_claim():
-    """Pairs are mined among all images, a share of 1.0 at which no probe was fitted."""
-    laptop = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
-    own = [laptop[e.key()] for e in experiments.accuracy_vs_epochs("laptop")[1]]
-    mined = next(r for r in laptop.values() if r["kind"] == "pairs" and r["config"].get("labels", 1.0) == 1.0)
-    alone, beside = (figures.scoreboard(r, "laptop") for r in (own, [*own, mined]))
-    many = "with many labels frozen features do not beat the supervised network"
-    assert (alone["statement"] == many).sum() == 9
-    pd.testing.assert_frame_equal(alone, beside)
+def another(config, field):
+    """The config with another legal value of this field, or None: what another figure, or a user, may have run."""
+    value, options = getattr(config, field.name), typing.get_args(typing.get_type_hints(type(config))[field.name])
+    tries = ([not value] if isinstance(value, bool) else [value + 1, 2 * value] if isinstance(value, int)
+             else [value / 2, value + 0.25] if isinstance(value, float) else [o for o in options if o != value])  # fmt: skip
+    for v in tries:
+        with suppress(SidaeError):
+            other = config.replace(**{field.name: v})
+            methods.check(other.run if isinstance(other, EvalConfig) else other)
+            if other.key() != config.key():
+                return other
+    return None
+
+
+def decoys(e):
+    """Evaluations that differ from this one by one field of the run or of the evaluation, seeds apart."""
+    runs_ = [another(e.run, f) for f in dataclasses.fields(e.run) if f.name not in ("seed", "method", "data")]
+    own = [another(e, f) for f in dataclasses.fields(e) if f.name not in ("run", "data", "epoch")]
+    kinds = [e.replace(kind=kind, repeats=1) for kind in ("linear", "logistic", "knn", "finetune")]
+    return [EvalConfig(run=r, kind=e.kind, labels=e.labels) for r in runs_ if r] + [d for d in own if d] + kinds
+
+
+def test_no_claim_is_moved_by_a_run_that_its_figure_did_not_ask_for(store, monkeypatch):
+    """A store with a decoy of 99 % for every field in which another figure's runs may differ."""
+    monkeypatch.setenv("SIDAE_RECORDS", str(paths.ROOT / "records"))
+    asked = {name: experiments.FIGURES[name]("laptop")[1] for name in ("accuracy_vs_epochs", "semantic_pairs")}
+    board = lambda: figures.scoreboard({n: runs.recorded(evals) for n, evals in asked.items()}, "laptop")  # noqa: E731
+    before, put = board(), []
+    for evals, kind in ((asked["accuracy_vs_epochs"], "linear"), (asked["semantic_pairs"], "logistic")):
+        e = next(e for e in evals if e.run.method == "sidae" and e.epoch == e.run.epochs and e.kind == kind)
+        for d in set(decoys(e)) - {c for own in asked.values() for c in own}:
+            record = runs.find(e) | {"config": d.to_dict(), "key": d.key(), "run_key": d.run.key(), "accuracy": 99.0}
+            runs.folder(d).mkdir(exist_ok=True, parents=True)
+            put.append(runs.keep(d, record | {"epoch": d.epoch, "kind": d.kind}))
+    assert len(put) > 60 and {"pool", "width", "epochs", "target", "lr"} <= {
+        k for r in put for k, v in r["config"]["run"].items() if v != e.run.to_dict().get(k)}
+    pd.testing.assert_frame_equal(board(), before)
+    mixed = [r for r in put if r["config"]["run"].get("pool") != e.run.pool]
+    with pytest.raises(ValueError, match="two runs of one seed"):  # were they read, it would not stay so
+        figures.scoreboard({"accuracy_vs_epochs": runs.recorded(asked["accuracy_vs_epochs"]) + mixed}, "laptop")

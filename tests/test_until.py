@@ -10,9 +10,9 @@ import time
 import pandas as pd
 import pytest
 import torch
-from test_published import claims, row
+from test_published import claims, row, scored
 
-from sidae_lib import __main__, data, evaluate, experiments, figures, paths, published, runs, train
+from sidae_lib import __main__, data, evaluate, experiments, figures, paths, runs, train
 from sidae_lib.config import EvalConfig, SidaeError
 
 CPU = torch.device("cpu")
@@ -342,7 +342,7 @@ def test_a_claim_sees_a_run_only_when_its_last_epoch_is_recorded():
     two = curve("sidae", {0: 200, 1: 200, 2: 150})
     assert claims(two + other, early)["n"].tolist() == [2]
     assert claims(curve("sidae", dict.fromkeys(range(3), 200)) + other, early)["verdict"].tolist() == ["supported"]
-    assert set(published.scoreboard(pd.DataFrame(two + other), "paper")["n"]) <= {2, 3}
+    assert set(scored(two + other)["n"]) <= {2, 3}
 
 
 def test_records_of_an_unfinished_run_are_drawn(store):
@@ -353,4 +353,5 @@ def test_records_of_an_unfinished_run_are_drawn(store):
     drawn = figures.accuracy_vs_epochs(table_ := figures.summary(figures.evaluations(found)))
     assert all("to epoch 1 of 2, n = 1" in ax.get_title() for ax in drawn.axes[:2])
     figures.save(drawn, "accuracy_vs_epochs", "smoke", table_)
-    assert "dae" not in set(figures.scoreboard(found, "smoke")["statement"]) and json.dumps(found)
+    board = figures.scoreboard({"accuracy_vs_epochs": found, "datasets_table": found}, "smoke")
+    assert "dae" not in set(board["statement"]) and json.dumps(found)
