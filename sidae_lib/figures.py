@@ -146,6 +146,14 @@ def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
+def told(d: published.Difference) -> str:
+    """A difference in words: "+2.50 points (95 % interval +1.20 to +3.80, n = 3): above", "below" or "not told apart"."""
+    mean, low, high = d.interval()
+    span = f"95 % interval {low:+.2f} to {high:+.2f}" if len(d) > 1 else "no interval from one seed"
+    words = {"supported": "above", "contradicted": "below"}.get(d.verdict(), "not told apart")
+    return f"{mean:+.2f} points ({span}, n = {len(d)}): {words}"
+
+
 def gain(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy less the untrained network's by the same probe and share of labels, first and last checkpoint, in points."""
     by = ["display", "labels", "kind", "seed"]
@@ -653,17 +661,16 @@ def live(seconds: float = 5.0) -> Iterator[None]:
 
 def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.DataFrame:
     """What pairs add: accuracy less that with the pairs `base` of the same method, seed, evaluation and epoch, in points:
-    mean over n seeds, and its 95 % interval low to high, paired by seed (infinite for one seed)."""
+    mean over n seeds, and its 95 % interval low to high over seeds, paired, and test images (infinite for one seed)."""
     frame = evaluations(records)
     runs = [RunConfig.from_dict(r["config"]["run"]) for r in records]
     frame["method"], frame["pairs"], frame["count"] = zip(*((c.method, c.pairs, c.pair_count) for c in runs))
-    by = ["data", "display", "method", "kind", "labels", "of", "epoch", "seed"]
-    own = frame[frame["pairs"] == base].set_index(by)["accuracy"].rename("own")
-    rest, rows = frame[frame["pairs"] != base].join(own, on=by, how="inner"), []
-    for key, part in rest.groupby([*by[1:-1], "pairs", "count"], sort=False):
-        gain, low, high = published.interval(part["accuracy"] - part["own"])
-        rows.append((*key, gain, low, high, len(part), distinct(part["hardware"])))
-    return pd.DataFrame(rows, columns=[*by[1:-1], "pairs", "count", "gain", "low", "high", "n", "hardware"])
+    by, rows = ["display", "method", "kind", "labels", "of", "epoch"], []
+    for key, part in frame[frame["pairs"] != base].groupby([*by, "pairs", "count"], sort=False):
+        gain = published.between(part, published.where(frame, {**dict(zip(by, key)), "pairs": base}))
+        if len(gain):
+            rows.append((*key, *gain.interval(), len(gain), distinct(part["hardware"])))
+    return pd.DataFrame(rows, columns=[*by, "pairs", "count", "gain", "low", "high", "n", "hardware"])
 
 
 def pair_answer(records: Sequence[dict[str, Any]], method: str = "sidae", kind: str = "logistic") -> str:
@@ -675,7 +682,7 @@ def pair_answer(records: Sequence[dict[str, Any]], method: str = "sidae", kind: 
         sure = "supported" if r.low > 0 else "contradicted" if r.high < 0 else "undecided"
         return f"{r.gain:+.2f} points ({says}, n = {r['n']})", sure if r["n"] > 2 else "undecided"
 
-    words = {"supported": "help", "contradicted": "harm", "undecided": "make no difference that these seeds can show"}
+    words = {"supported": "help", "contradicted": "harm", "undecided": "are not told apart from none"}
     (mined, helps), (oracle, best), (semantics, matter) = of("mined"), of("oracle"), of("mined", "random")
     return (f"{NAMES[method]}, {PROBES[kind]}: mined pairs {words[helps]}, {mined}. Pairs chosen by label {words[best]}, "
             f"{oracle}. As many random images: {of('random')[0]}; wrong pairs: {of('wrong')[0]}. That it is the semantics, "
