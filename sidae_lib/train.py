@@ -519,7 +519,7 @@ def unstrip(text: str) -> Tensor:
 
 def cost(config: RunConfig, images: Images) -> dict[str, float]:
     """What one step of a run takes: `parameters` trained, `mib` that it keeps for its way back, weights left out, and `gflop`
-    per image, the multiplications and additions of its convolutions and matrix products, forward and backward."""
+    per image, the multiplications and additions of its convolutions and matrix products, forward and backward, views too."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     run, kept = Run(config, images, torch.device("cpu")), {}

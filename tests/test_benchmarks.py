@@ -148,6 +148,19 @@ def test_the_pages_results_are_the_committed_tables(benchmarks):
     assert f"| laptop's network, whole pipeline, images/s | 1,000 | {rate:,.0f} |" in text
 
 
+def test_a_table_of_times_is_of_one_machine(benchmarks, tmp_path):
+    """A CSV that two machines wrote into makes two tables, and a target is compared with the rows of one."""
+    from benchmarks import report
+
+    where = {"cores": 2, "threads": 2, "torch": "x"}
+    rows = [{"what": what, "at": 50_000, "median": s, "hardware": h, **where}
+            for h, s, kinds in (("B", 1.0, ["exact"]), ("A", 30.0, ["exact", "index"])) for what in kinds]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    text = report.report(tmp_path)
+    assert text.count("### `pairs` (A, 2 cores, 2 threads, torch x)") == text.count("### `pairs` (B, 2 cores,") == 1
+    assert "| all pairs among 50,000 images, s | at most 60 | 30 |" in text
+
+
 def test_hours_of_the_whole_paper(benchmarks):
     """One run of SidAE on CIFAR-10 is 200 x 50,000 images; five seeds of it and eighteen more configurations are counted."""
     from benchmarks import report
