@@ -608,7 +608,7 @@ def diagnose(record: dict[str, Any]) -> Figure:
         axes = fig.subplots(2, 3).ravel()
         for ax, names, title in zip(axes, (terms, ["z_std"], ["rank"], gradients, ["lr"], ["knn"]), (
                 "loss and its terms", "spread of the projection, z_std", "effective rank of the projection",
-                "gradient norm at the epoch's end", "learning rate", "neighbours of the same class (%)")):  # fmt: skip
+                "gradient norm at the epoch's end", "learning rate", "nearest neighbour of the same class (%)")):  # fmt: skip
             for k, name in enumerate(n for n in names if n in epochs):
                 line, shown = epochs[name].dropna(), name.removeprefix("grad_")
                 ax.plot(line.index, line, marker=".", ms=3, lw=1, color=PARTS.get(shown, COLOURS[config.method]),
