@@ -129,7 +129,8 @@ def readme(text: str) -> str:
                 first = [display, f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"]
                 last = f"{n}, {scale}, {figures.distinct(part['hardware'])}"
                 rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {last} |")
-    board = ["| claim | scale | verdict | cases | supported | contradicted | undecided | by chance |", "|---" * 8 + "|"]
+    board = ["| claim | scale | verdict | cases | supported alone | contradicted alone | undecided alone | by chance |",
+             "|---" * 8 + "|"]  # fmt: skip
     same = ["statement", "case", "n", "difference"]  # the student report's runs are of its own size at both scales
     said: set[tuple] = set()
     for scale in ("laptop", "paper"):

@@ -317,6 +317,7 @@ def apply(ops: tuple[Op, ...], images: Tensor, params: Params, mean: Tensor, std
 _CIFAR = (ColorJitter(), RandomResizedCrop(), Greyscale(), Flip())
 # For grey images, of one channel or of three equal ones: saturation, hue and greyscale change nothing there.
 _GREY = (ColorJitter(saturation=0.0, hue=0.0), RandomResizedCrop(), Flip(), GaussianBlur())
+# All crops are bilinear. The official code of SimCLR, FNC, BYOL, VICReg, Barlow Twins and DINO crops bicubic, at ImageNet.
 # At 32 pixels without blur: SimCLR at strength 0.5 (arXiv:2002.05709, App. B.9), which is the MoCo CIFAR demo's list too
 _SIMCLR = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(), Greyscale())
 _BYOL = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(saturation=0.2), Greyscale())  # arXiv:2006.07733, App. B

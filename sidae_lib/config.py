@@ -160,6 +160,7 @@ class RunConfig(_Config):
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool, the accuracy points to it
     width: int = 64  # channels of the first stage
     depth: int = 3  # units a block of AMDIM's encoder (10 in its CIFAR-10 run)
+    zero_init: bool = False  # open: ResNet-18 and -34 alone: the last BatchNorm of every residual block starts at 0
     norm: Literal["group", "layer"] = "group"  # of a patch encoder: BatchNorm would tell one patch of the others
     dim: int = 2048  # D, the projector's output ("set to [4]")
     hidden: int = 2048  # open: the projector's hidden width

@@ -205,7 +205,8 @@ def best_w(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) 
 
 def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict[str, list[EvalConfig]]:
     """Why the order of methods may differ from the paper's: change -> the three methods with this one change, scored on the
-    validation split by many and by scarce labels. At scales smoke and laptop; the fourth, w, is `w_sweep`."""
+    validation split by many and by scarce labels. At scales smoke and laptop, the last where the backbone is a ResNet; w
+    is `w_sweep`."""
     s = scale_of(scale)
     if scale not in ("smoke", "laptop"):
         return {}
@@ -213,6 +214,8 @@ def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = 
     changes: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
         "none": lambda r: {}, "targets in [0, 1]": lambda r: {} if r.method == "simsiam" else {"target": "unit"},
         "twice the rate": lambda r: {"lr": 2 * r.lr}, "twice the steps": lambda r: {"epochs": 2 * r.epochs}}
+    if own[0].backbone.startswith("resnet"):  # SimSiam's code starts so, and SidAE's encoder is SimSiam's
+        changes["residual blocks start at 0"] = lambda r: {"zero_init": True}
     return {name: [EvalConfig(run=r.replace(**change(r)), labels=n, score_on="val") for n in s.labels for r in own]
             for name, change in changes.items()}
 

@@ -170,7 +170,7 @@ def order(cases: dict[str, Sequence[dict[str, Any]]]) -> pd.DataFrame:
     less the better of SimSiam and autoencoder, paired by seed, with its 95 % interval."""
     rows = []
     for change, records in cases.items():
-        for share, part in evaluations(records).groupby("labels", sort=False):
+        for share, part in evaluations(records).groupby("labels", sort=False) if records else ():  # of none: not run yet
             wide = part.pivot_table(index="seed", columns="method", values="accuracy").dropna()
             lead = published.Difference(wide["sidae"] - wide[["simsiam", "dae"]].max(axis=1), 2**0.5 * part["error"].mean())
             mean, low, high = lead.interval()

@@ -63,11 +63,12 @@ class ResNet(nn.Module):
     stem loads into `torchvision.models.resnet18(strict=False)`; narrower ones scale every stage. ResNet-34: other blocks.
 
     (B, C, S, S) -> (B, 8 width), the mean over the last map. At S = 32 that map is 1x1 with the ImageNet stem and 4x4
-    with the CIFAR stem (3x3 stride 1, no pooling).
+    with the CIFAR stem (3x3 stride 1, no pooling). zero_init: the weight of every block's last BatchNorm starts at 0, so that
+    a block starts as its shortcut (torchvision's zero_init_residual; arXiv:1706.02677, Sec. 5.1).
     """
 
     def __init__(self, *, stem: str = "imagenet", width: int = 64, channels: int = 3, blocks: tuple[int, ...] = (2, 2, 2, 2),
-                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:  # fmt: skip
+                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d, zero_init: bool = False) -> None:  # fmt: skip
         super().__init__()
         cifar = stem == "cifar"
         self.conv1 = nn.Conv2d(channels, width, 3 if cifar else 7, 1 if cifar else 2, 1 if cifar else 3, bias=False)
@@ -82,6 +83,8 @@ class ResNet(nn.Module):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
                 m.__class__ = Conv  # BasicBlock builds nn.Conv2d; another's weights would be drawn anew
+            elif zero_init and isinstance(m, BasicBlock):
+                nn.init.zeros_(m.bn2.weight)
 
     @staticmethod
     def _stage(c_in: int, c_out: int, n: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
@@ -195,7 +198,13 @@ class Patches(nn.Module):
 
 class Context(nn.Module):
     """CPC v2's masked context network, (B, c, G, G) -> (B, c, G, G): residual blocks in which a row sees itself and the row
-    above, never one below; above the first lie ones."""
+    above, never one below.
+
+    The 1x3 convolution is padded with zeros left and right, so that every place meets its own neighbours, and above the
+    first row lie ones. bolts, by an author of arXiv:2009.00104, pads the 2x1 convolution left and right instead: its 1x3
+    output is two columns narrower, and at both edges the 2x1 adds a column that is its bias alone. The ones are bolts' too;
+    the pseudocode of arXiv:1905.09272 says nothing of that row.
+    """
 
     def __init__(self, c: int, hidden: int, blocks: int = 5) -> None:
         super().__init__()
@@ -299,10 +308,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def split_batchnorm(net: nn.Module, splits: int) -> None:
-    """Replaces every BatchNorm2d of a network that is not trained yet; names and shapes of the weights stay."""
+    """Replaces every BatchNorm2d of a network that is not trained yet; names and values of the weights stay."""
     for name, child in net.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(net, name, SplitBatchNorm(child.num_features, splits))
+            split = SplitBatchNorm(child.num_features, splits)
+            split.load_state_dict(child.state_dict())  # `zero_init`
+            setattr(net, name, split)
         else:
             split_batchnorm(child, splits)
 
@@ -321,7 +332,7 @@ def backbone(config: RunConfig) -> nn.Module:
         group = 16 if c.norm == "group" else 2**30
         return Patches(ResNet(stem="cifar", width=c.width, channels=c.channels, blocks=blocks,
                               norm=lambda n: nn.GroupNorm(max(1, n // group), n)))  # fmt: skip
-    return ResNet(stem=c.stem, width=c.width, channels=c.channels, blocks=blocks)
+    return ResNet(stem=c.stem, width=c.width, channels=c.channels, blocks=blocks, zero_init=c.zero_init)
 
 
 def load(path: str | Path) -> nn.Module:

@@ -24,6 +24,7 @@ GOLDEN = {  # every record is filed under its key: these never change
               leave_out="none"): "f228289cd6d44d62",
     RunConfig(method="fnc", data="131428effbc89b28", augment="simclr", dim=128, hidden=512, tau=0.2, support=2,
               cancel="eliminate"): "5e589738cc418581",
+    RunConfig(method="simsiam", data="131428effbc89b28", zero_init=True): "c1d3a1465d9f74a8",
     EvalConfig(run=RUN): "584860157aea5965",
     EvalConfig(run=RUN, kind="knn", epoch=25, labels=0.01, data="4c3c3722cb5ddee1", score_on="val"): "b305d955ea1ccf0a",
 }  # fmt: skip
@@ -40,6 +41,7 @@ RUN_DEFAULTS = {  # a key leaves out what is at its default, so no default ever 
     "pair_low": 0.97, "pair_high": 0.99, "pair_count": 0, "pair_weight": 1.0,
     "redraw": True, "stats": "data", "per_class": 0, "negatives": "class", "batch_norm": "each",
     "embed": "sigmoid", "cos_margin": 0.0, "margin": 1.0, "distance": "euclidean",
+    "zero_init": False,
 }  # fmt: skip
 EVAL_DEFAULTS = {
     "kind": "linear", "epoch": -1, "data": "", "labels": 1.0, "label_count": 0, "label_seed": 0, "seed": -1,
@@ -100,7 +102,7 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
              "recon_target": "view", "output": "tanh", "schedule": "constant", "decay_bias": False, "precision": "bf16",
              "predictor_lr": "constant", "labels": 0.5, "w": 0.25, "momentum": 0.5, "ema": 0.5, "symmetric": True,
              "leave_out": "none", "cancel": "eliminate", "norm": "layer", "extract": "11", "compare": "cosine",
-             "loss": "nce", "optimizer": "adam", "beta2": 0.5, "warmup": 0.5}  # fmt: skip
+             "loss": "nce", "optimizer": "adam", "beta2": 0.5, "warmup": 0.5, "zero_init": True}  # fmt: skip
     other |= {"pair_share": 0.5, "pair_low": 0.5, "pair_high": 0.98, "pair_weight": 0.5, "redraw": False, "stats": "half",
               "negatives": "any", "batch_norm": "joint", "embed": "linear", "distance": "cosine"}
     names = {f.name for f in fields(RunConfig)} - {"pairs", "encoder"}
@@ -144,6 +146,16 @@ def test_a_raised_recipe_is_a_new_key_and_old_records_stay_found(recipes, name, 
     assert EvalConfig.from_dict(old_eval.to_dict()).key() == old_eval.key()
     assert RunConfig.from_dict(new.to_dict()) == new
     assert again.replace(seed=0) == new  # a changed copy is a new run, by today's mathematics
+
+
+@pytest.mark.parametrize(("method", "first", "now"), [("byol", "ac7ef158f2da7121", "6d0a4a416f9fe420"),
+                                                      ("dino", "2d845ce8066395a1", "5c284dfb38c6061d")])  # fmt: skip
+def test_byol_and_dino_stand_at_their_second_recipe(method, first, now):
+    """Whose momentum does not run a step ahead; a config that names no recipe is a record's, of the first."""
+    fields = {"method": method, "data": "131428effbc89b28", "augment": method}
+    old, new = RunConfig.from_dict(fields), RunConfig(**fields)
+    assert (old.key(), old.method_recipe, new.key(), new.method_recipe) == (first, 1, now, 2) and old.replace() == new
+    assert config.METHOD_RECIPES == {"byol": 2, "dino": 2} and not config.AUGMENT_RECIPES  # no other key has moved
 
 
 def test_epoch_seeds_never_change_and_use_the_seed():

@@ -301,6 +301,14 @@ def test_fixed_ends_of_w_have_one_name_each():
     sentence(lambda: methods.check(RunConfig(method="simsiam", data="0", decoder=4)), "simsiam does not read decoder")
 
 
+def test_zero_init_is_refused_where_no_residual_block_has_a_batch_norm():
+    for backbone in ("resnet18", "resnet34"):
+        assert methods.check(run(backbone=backbone, zero_init=True)) is methods.METHODS["sidae"]
+    for method, backbone in (("sidae", "small_cnn"), ("amdim", "amdim"), ("cpc_v2", "patches18"), ("cpc_v2", "patches34")):
+        c = RunConfig(**{"method": method, "data": "0", **NEEDS.get(method, {}), "backbone": backbone, "zero_init": True})
+        sentence(lambda: methods.check(c), f"{method} does not read zero_init; leave it at its default, False")  # noqa: B023
+
+
 def test_shared_fields_are_config_fields():
     assert methods.SHARED <= {f.name for f in dataclasses.fields(RunConfig)}
 

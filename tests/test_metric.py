@@ -147,8 +147,9 @@ def test_490_updates_of_each_loss():
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-def reference(c, steps=None):
-    """The report's code: positives made once, pairs or triples as tensors, a call per input, plain SGD."""
+def reference(c):
+    """The report's code: positives made once, pairs or triples as tensors, a call per input; SGD with momentum and a cosine
+    rate, which the report has not, so that a step too many or too few shows."""
     images = digits(c).split("train")
     pairs = train.training_pairs(c, digits(c), CPU)[0]
     torch.manual_seed(c.seed)
@@ -160,6 +161,7 @@ def reference(c, steps=None):
     clean = images.images / 127.5 - 1
     anchor, other = clean[pairs[:, 0]], clean[pairs[:, -1]]
     same, losses = pairs[:, 0] == pairs[:, 1], []
+    velocity, steps = [torch.zeros_like(p) for p in net.parameters()], c.epochs * -(-len(pairs) // c.batch)
     for epoch in range(c.epochs):
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(epoch_seed(c.seed, epoch)))
         for rows in order.split(c.batch):
@@ -171,16 +173,17 @@ def reference(c, steps=None):
                 loss = torch.nn.CosineEmbeddingLoss(c.cos_margin)(net(anchor[rows]), net(second), y)
             net.zero_grad()
             loss.backward()
+            rate = c.lr * (1 + math.cos(math.pi * len(losses) / steps)) / 2
             losses.append(loss.item() * len(rows))
             with torch.no_grad():
-                for p in net.parameters():
-                    p -= c.lr * p.grad
+                for p, v in zip(net.parameters(), velocity):
+                    p -= rate * v.mul_(c.momentum).add_(p.grad)
     return net, initial, [sum(part) / len(pairs) for part in np.array_split(losses, c.epochs)]
 
 
 @pytest.mark.parametrize("method", LOSSES)
 def test_the_loop_is_the_reports(method, tmp_path):
-    c = config(method, lr=0.5)
+    c = config(method, lr=0.1, momentum=0.9, schedule="cosine")
     assert len(train.training_pairs(c, digits(c), CPU)[0]) % c.batch  # a partial batch is there, and kept
     net, initial, losses = reference(c)
     record = train.pretrain(c, digits(c), tmp_path, device=CPU)

@@ -13,7 +13,7 @@ from pytest import approx
 from safetensors.torch import save_file
 from torch import nn
 
-from sidae_lib import networks
+from sidae_lib import methods, networks
 from sidae_lib.config import RunConfig, SidaeError
 from sidae_lib.networks import Decoder, Doubling, ResNet, SmallCNN, predictor, projector, z_std
 
@@ -238,15 +238,30 @@ def test_maps_that_are_not_square_are_torchs_own():
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_initial_weights_are_those_of_torchvision_bit_for_bit():
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_initial_weights_are_those_of_torchvision_bit_for_bit(zero_init):
     torch.manual_seed(3)
-    theirs, after = torchvision.models.resnet18(num_classes=0).state_dict(), torch.get_rng_state()
+    theirs = torchvision.models.resnet18(num_classes=0, zero_init_residual=zero_init).state_dict()
+    after = torch.get_rng_state()
     torch.manual_seed(3)
-    ours = ResNet()
+    ours = ResNet(zero_init=zero_init)
     assert torch.equal(torch.get_rng_state(), after)
     assert all(type(m) is networks.Conv for m in ours.modules() if isinstance(m, nn.Conv2d))
     assert [k for k in theirs if "fc" not in k] == list(ours.state_dict())
     assert all(torch.equal(v, theirs[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_zero_init_is_one_weight_a_block_and_another_start_of_the_same_network(name):
+    configs = [RunConfig(method="moco_v2", data="0", backbone=name, width=4, zero_init=z) for z in (False, True)]
+    plain, zero = (torch.manual_seed(0) and networks.backbone(c) for c in configs)
+    moved = [k for k, v in plain.state_dict().items() if not torch.equal(v, zero.state_dict()[k])]
+    assert moved == [f"layer{n}.{k}.bn2.weight" for n in range(1, 5) for k in range(len(zero.get_submodule(f"layer{n}")))]
+    assert not any(zero.get_parameter(k).any() for k in moved)
+    x = noise(2, 4, 8, 8).relu()
+    assert torch.equal(zero.layer1(x), x) and not torch.equal(plain.layer1(x), x)  # a block is its shortcut
+    method = methods.build(configs[1])  # whose BatchNorm sees parts of the batch apart, and is a layer of its own
+    assert not any(method.backbone.get_parameter(k).any() or method.keys[0].get_parameter(k).any() for k in moved)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

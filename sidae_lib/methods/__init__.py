@@ -44,7 +44,8 @@ def check(config: RunConfig) -> type[Method]:
     cls = METHODS[config.method]
     augment.check(config.augment)
     idle = {f for f, read in (("beta2", config.optimizer == "adam"), ("depth", config.backbone == "amdim"),
-                              ("norm", config.backbone.startswith("patches"))) if not read}  # fmt: skip
+                              ("norm", config.backbone.startswith("patches")),
+                              ("zero_init", config.backbone.startswith("resnet"))) if not read}  # fmt: skip
     for f in dataclasses.fields(config):
         if f.name in (SHARED - {*cls.reads}) | idle and getattr(config, f.name) != f.default:
             raise SidaeError(f"{config.method} does not read {f.name}; leave it at its default, {f.default!r}.")

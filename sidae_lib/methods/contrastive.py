@@ -45,7 +45,7 @@ class SimCLR(Contrastive):
     """SimCLR (arXiv:2002.05709), its released three-layer head with BatchNorm: each of 2B views has its twin to find.
 
     Mean over the 2B rows; the official code adds the two views' means, twice this. Deviations: SGD for LARS, BatchNorm
-    of each view apart.
+    of each view apart, residual blocks that do not start at 0 unless `zero_init`, bilinear crops (official: bicubic).
     """
 
     axes = Axes(augment="simclr", encode="backbone + 3-layer projector", extract="last vector per view",
@@ -168,7 +168,7 @@ class FNC(SimCLR):
     An image's false negatives are the views of other images whose cosine with any of its views (their maximum) is among
     the `top` and above `threshold`. `attract` makes them positives, as the official code, whose views are all anchors,
     positives and support; `eliminate` leaves them out of the sum. Mean over all rows; the official code has twice this.
-    Deviations: no RandAugment, no memory of momentum embeddings.
+    Deviations: SimCLR's, no RandAugment, no memory of momentum embeddings.
     Records, an image: `fn_found`, `fn_right` with its label, `fn_all` that there are; with ordinary pairs (i, i)
     precision = fn_right / fn_found, recall = fn_right / fn_all.
     """

@@ -157,7 +157,8 @@ class CPC(Method):
     patches of the batch, those of the same image too. A sum over the rows of mean cross-entropies.
 
     A row named n times counts n times: the authors' library, in bolts, counts "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6" on a 7x7
-    grid. One prediction head per row, as in the paper (there: one for all). No augmentation per patch.
+    grid. One prediction head per row, as in the paper (there: one for all). No augmentation per patch. The context network's
+    padding is not bolts' (`networks.Context`).
     """
 
     axes = Axes(augment="cpc_patches", encode="patch encoder + masked context", extract=EXTRACTS["cpc_v2"],

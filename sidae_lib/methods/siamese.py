@@ -12,7 +12,9 @@ class BYOL(Method):
     """BYOL (arXiv:2006.07733, eq. 2): each view's prediction meets the other's target projection, 2 - 2 cos, both summed.
 
     The target is a momentum copy of encoder and projector, in training mode; its momentum rises from `ema` to 1.
-    Deviations: SGD for LARS, no blur at 32 pixels (the asymmetry left is solarisation of view 2).
+    Deviations: SGD for LARS, no blur at 32 pixels (the asymmetry left is solarisation of view 2), bilinear crops (official,
+    at ImageNet: bicubic). Projector and predictor have a bias in their last layer and none before BatchNorm, lightly's form;
+    the official code has it the other way round.
     """
 
     axes = Axes(augment="byol", encode="backbone + 2-layer projector, predictor on one side; momentum copy as target",
@@ -39,7 +41,8 @@ class BYOL(Method):
 
 
 class VICReg(Method):
-    """VICReg (arXiv:2105.04906): 25 invariance + 25 variance + covariance. Deviation: SGD for LARS."""
+    """VICReg (arXiv:2105.04906): 25 invariance + 25 variance + covariance. Deviations: SGD for LARS, no blur at 32 pixels,
+    bilinear crops (official, at ImageNet: bicubic), residual blocks that do not start at 0 unless `zero_init`."""
 
     axes = Axes(augment="byol", encode="backbone + 3-layer expander", extract="last vector per view",
                 compare="mse_loss", loss="vicreg: invariance, variance, covariance; no negatives")  # fmt: skip
@@ -56,7 +59,7 @@ class VICReg(Method):
 
 
 class BarlowTwins(VICReg):
-    """Barlow Twins (arXiv:2103.03230), lambda = 0.0051, on the same expander. Deviation: SGD for LARS."""
+    """Barlow Twins (arXiv:2103.03230), lambda = 0.0051, on the same expander. Deviations: VICReg's."""
 
     axes = Axes(augment="byol", encode="backbone + 3-layer projector", extract="last vector per view",
                 compare="batch_norm, correlation of dimensions",
@@ -72,8 +75,9 @@ class DINO(Method):
 
     The teacher is a momentum copy, its momentum rises from `ema` to 1; its temperature is 0.04, the centre's momentum
     0.9. During the first epoch the prototypes get no gradient (weight decay alone keeps their directions). Records
-    `teacher_entropy`: log P is one way to collapse, 0 the other. Deviations: lightly's CIFAR head (BatchNorm), SGD for
-    AdamW, no clipping, no blur at 32 pixels.
+    `teacher_entropy`: log P is one way to collapse, 0 the other. The head has the official code's three layers with its
+    option for BatchNorm (lightly's for CIFAR has two). Deviations: no bias in the head, SGD for AdamW, no clipping, no blur
+    at 32 pixels, bilinear crops (official, at ImageNet: bicubic).
     """
 
     axes = Axes(augment="dino", encode="backbone + 3-layer projector + prototypes; momentum copy as teacher",

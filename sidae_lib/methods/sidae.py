@@ -68,7 +68,8 @@ class SidAE(Method):
 
 
 class SimSiam(SidAE):
-    """SimSiam (arXiv:2011.10566): SidAE at w = 1. Deviation: a literal lr, cosine on the predictor too."""
+    """SimSiam (arXiv:2011.10566): SidAE at w = 1. Deviations: a literal lr, cosine on the predictor too, residual blocks that
+    do not start at 0 unless `zero_init`."""
 
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, predictor on one side",
                 extract="last vector per view", compare="cosine_similarity",
