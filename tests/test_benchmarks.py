@@ -180,7 +180,7 @@ def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
             c = EvalConfig(run=experiments.run("untrained", "digits", "smoke", seed=n), label_seed=int((store, n) == ("b", 2)))
             runs.keep(c, {
                 "config": c.to_dict(), "run_key": c.run.key(), "key": c.key(), "epoch": 0, "kind": "linear", "n_train": 1437,
-                "data": {"name": "digits", "display": "digits"}, "accuracy": value,
+                "n_test": 360, "data": {"name": "digits", "display": "digits"}, "accuracy": value,
                 "provenance": {"device": device, "threads": 1}})  # fmt: skip
     [row] = devices.compare(tmp_path / "a", tmp_path / "b").to_dict("records")
     assert row == {"what": "linear, accuracy", "unit": "points", "median": (0.25 + 1.0) / 2, "largest": 1.0, "n": 2,
