@@ -12,14 +12,14 @@ from pathlib import Path
 import pandas as pd
 
 from . import evaluate, experiments, figures, methods, paths, runs, train
-from .config import EvalConfig, RunConfig, SidaeError
+from .config import EvalConfig, RunConfig, SidaeError, above_zero
 from .published import claims
 
 
 def _run(args: argparse.Namespace) -> None:
     build = experiments.figure(args.figure)
-    seeds = tuple(range(args.seeds)) if args.seeds else ()
-    configs, evals = build(args.scale, datasets=args.datasets or (), seeds=seeds)
+    above_zero(seeds=args.seeds, minutes=args.minutes, jobs=args.jobs, plan=args.plan, rate=args.rate)
+    configs, evals = build(args.scale, datasets=args.datasets or (), seeds=range(args.seeds or 0))
     if args.kinds:
         evals = [e for e in evals if e.kind in args.kinds]
     if args.methods:

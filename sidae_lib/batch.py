@@ -26,7 +26,7 @@ from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 
 from . import paths
-from .config import SidaeError
+from .config import SidaeError, above_zero, typed
 
 SCALES = ("smoke", "quick", "laptop", "paper")
 CELL_SECONDS = {"smoke": 300, "quick": 1800}  # a cell beyond it hangs; the other scales may take hours
@@ -53,9 +53,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="any other parameter of a notebook")
     parser.add_argument("--cell-seconds", type=float, metavar="N", help="a notebook whose cell takes longer fails")
     args = parser.parse_args(argv)
-    for name in ("seeds", "minutes", "cell_seconds", "jobs"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise SidaeError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name):g}.")
+    above_zero(seeds=args.seeds, minutes=args.minutes, cell_seconds=args.cell_seconds, jobs=args.jobs)
     if args.data is not None:
         paths.use_data(args.data)
     return args
@@ -76,12 +74,17 @@ def _select(only: str | None) -> list[Path]:
     return [nb for nb in notebooks if names[nb] & wanted]
 
 
-def _value(text: str) -> Any:
-    """A Python literal; true and false in any case, since the word "false" would count as true."""
+def _value(name: str, text: str, declared: str) -> Any:
+    """A Python literal of the type that the notebook declares; true and false in any case, since the word "false" would
+    count as true. Raises SidaeError for another type."""
     try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
+        value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
     except (SyntaxError, ValueError):  # a bare word is a string
+        value = text
+    kind = {k.__name__: k for k in (str, int, float, bool, list)}.get(declared)
+    if kind is str and not isinstance(value, str):  # a folder may be called 2024
         return text
+    return typed(name, value, kind) if kind else value
 
 
 def _parameters(args: argparse.Namespace, notebooks: list[Path]) -> dict[Path, dict[str, Any]]:
@@ -93,16 +96,16 @@ def _parameters(args: argparse.Namespace, notebooks: list[Path]) -> dict[Path, d
         common["seeds"] = []  # the scale's own
     if args.minutes is not None:
         common["minutes"] = args.minutes
-    extra = {name: _value(text) for name, text in args.p}
-    declared = {nb: set(papermill.inspect_notebook(nb)) for nb in notebooks}
+    declared = {nb: papermill.inspect_notebook(nb) for nb in notebooks}
     known = set().union(*declared.values())
-    if unknown := sorted(set(extra) - known):
+    if unknown := sorted({name for name, _ in args.p} - known):
         raise SidaeError(f"Unknown notebook parameter {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     for nb in notebooks:
-        if missing := sorted(set(common) - declared[nb]):
+        if missing := sorted(set(common) - set(declared[nb])):
             raise SidaeError(f"{nb.name} declares no parameter {', '.join(missing)}; known: "
                              f"{', '.join(sorted(declared[nb])) or 'none'}.")
-    return {nb: common | {k: v for k, v in extra.items() if k in declared[nb]} for nb in notebooks}
+    return {nb: common | {k: _value(k, text, own[k]["inferred_type_name"]) for k, text in args.p if k in own}
+            for nb, own in declared.items()}  # fmt: skip
 
 
 def _writable(folder: Path) -> Path:

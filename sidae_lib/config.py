@@ -8,8 +8,10 @@ Where the paper leaves a choice open the comment says "open"; the default then i
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -22,6 +24,29 @@ def epoch_seed(seed: int, epoch: int | float) -> int:
     """Seed of the generator that draws an epoch's order and augmentation: a hash, since torch's CPU generator keeps only
     the low 32 bits, so that `seed << 32` would be no seed at all."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:4], "big")
+
+
+LISTS: dict[str, type] = {"datasets": str, "seeds": int, "protocols": str}  # parameters that are lists, and of what
+
+
+def typed(name: str, value: Any, kind: type) -> Any:
+    """The value of a parameter of a notebook, of the command line or of a function: where a list is declared a single one is
+    a list of one. Raises SidaeError, which names the parameter, for another type."""
+    if kind is list:
+        values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        return [typed(name, v, LISTS[name]) for v in values] if name in LISTS else [*values]
+    known = {int: Integral, float: Real}.get(kind, kind)  # NumPy's numbers too
+    if not isinstance(value, known) or isinstance(value, bool) != (kind is bool):
+        which = f"{kind.__name__} or a list of them" if name in LISTS else kind.__name__
+        raise SidaeError(f"{name} must be {which}, not {value!r}.")
+    return kind(value)
+
+
+def above_zero(**options: float | None) -> None:
+    """Raises SidaeError for an option of the command line that was given and is not above 0."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise SidaeError(f"--{name.replace('_', '-')} must be above 0, not {value:g}.")
 
 
 # Raised when the mathematics of a method or of a pipeline changes; a name that is not listed stands at 1.
@@ -299,6 +324,7 @@ class EvalConfig(_Config):
     features: Literal["backbone", "pixels", "pca"] = "backbone"  # report: what is classified; pca: 32 components
     points: int = 1000  # tsne: test images on the map at most, drawn by label_seed
     perplexity: float = 30.0  # tsne
+    pair_recipe: int = 1  # pairs: 2 names a list made anew because the first had lost a pair of equal images to rounding
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,6 +337,8 @@ class EvalConfig(_Config):
         cached = (self.kind, self.augment, self.bn) == ("linear", "none", "eval")
         self._require(self.repeats == 1 or cached and self.repeats < 256, f"repeats is for kind linear on cached features, at "
                       f"most 255, not {self.repeats} of kind {self.kind}.")  # fmt: skip
+        self._require(1 <= self.pair_recipe <= 1 + (self.kind == "pairs"),
+                      f"pair_recipe is 1, or 2 of kind pairs, not {self.pair_recipe} of kind {self.kind}.")  # fmt: skip
         self._require(0 <= self.epoch <= run.epochs,
                       f"epoch must lie in 0 to {run.epochs}, the length of its run, got {self.epoch}.")  # fmt: skip
         self._require(-1 <= self.fold <= 9, f"fold must lie in 0 to 9, or be -1 for all, got {self.fold}.")

@@ -20,8 +20,9 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     """Features learned without labels, for any scikit-learn pipeline.
 
     X: (N, H, W) or (N, H, W, C) with C = 1 or 3; or (N, F), where a row of S * S values is an image of S x S pixels and
-    any other an image of one line (as `load_digits().data`). uint8, or numbers, whose range in `fit` becomes black to
-    white. Images are resized to 32 x 32. `transform` returns (N, F) float32.
+    any other an image of one line (as `load_digits().data`). Of uint8 0 to 255, of other numbers their range in `fit`
+    becomes black to white, whatever type `transform` is given; what lies outside is clipped, and what is plainly on another
+    scale (0 to 1 after 0 to 255) refused. Images are resized to 32 x 32. `transform` returns (N, F) float32.
 
     method: sidae, simsiam or dae.  w: SidAE's loss weight.  epochs, batch: of pre-training; the batch is cut to N.
     width: channels of ResNet-18's first stage, F = 8 width; "small" is the 181,000-parameter network, F = 32.
@@ -37,13 +38,13 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Pre-trains on X; y is ignored."""
         X = self._validated(X, reset=True)
         self.low_, self.high_ = (0.0, 255.0) if X.dtype == np.uint8 else (float(X.min()), float(X.max()))
+        self.dtype_, self.whole_ = X.dtype.name, not (X % 1).any()
         x = self._images(X)
         small = self.width == "small"
         dim, heads = (64, (16, 64)) if small else (16 * int(self.width), (4 * int(self.width), 8 * int(self.width)))
         fields: dict[str, Any] = {"dim": dim, "hidden": dim, "pred_hidden": heads[0], "decoder": heads[1], "w": self.w}
         reads = methods.METHODS[self.method].reads if self.method in methods.METHODS else fields
-        seed = self.random_state if isinstance(self.random_state, int) else check_random_state(
-            self.random_state).randint(2**31)
+        seed = check_random_state(self.random_state).randint(2**31)  # equal for 0, np.int64(0) and RandomState(0)
         grey = bool((x == x[:, :1]).all())
         config = RunConfig(
             method=self.method, data=hashlib.sha256(x.numpy()).hexdigest()[:16], seed=int(seed), epochs=self.epochs,
@@ -58,9 +59,10 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """(N, F) features of the frozen backbone. Raises NotFittedError before `fit`."""
+        """(N, F) features of the frozen backbone. Raises NotFittedError before `fit`, ValueError for pixels on another scale
+        than those of `fit`."""
         check_is_fitted(self)
-        x = self._images(self._validated(X, reset=False))
+        x = self._images(self._on_scale(self._validated(X, reset=False)))
         with tempfile.TemporaryDirectory() as folder:  # the weights stay a safetensors file, also in a pickle
             (path := Path(folder) / "backbone.safetensors").write_bytes(self.weights_)
             net = networks.load(path)
@@ -78,13 +80,24 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             raise ValueError(f"X has images of {shape}, but {type(self).__name__} was fitted with {self.shape_}.")
         return X
 
+    def _on_scale(self, X: np.ndarray) -> np.ndarray:
+        """X, unless most of it would be clipped or, whole numbers having become fractions or another type, all be black. What
+        `fit` has seen passes, in whatever parts."""
+        low, high, span = float(X.min()), float(X.max()), self.high_ - self.low_
+        other = X.dtype.name != self.dtype_ or bool((X % 1).any())
+        faint = self.whole_ and other and 0 < max(abs(low), abs(high)) <= self.high_ / 16
+        if low < self.low_ - span or high > self.high_ + span or faint:
+            raise ValueError(f"X lies in {low:g} to {high:g}, but {type(self).__name__} was fitted on {self.low_:g} to "
+                             f"{self.high_:g}; give pixels on the scale of those that it was fitted on.")
+        return X
+
     def _images(self, X: np.ndarray) -> torch.Tensor:
         """Whatever X is -> uint8 (N, 3, 32, 32)."""
         if X.ndim == 2:
             side = round(X.shape[1] ** 0.5)
             X = X.reshape(len(X), side, side) if side**2 == X.shape[1] else X[:, None]
         X = X[..., None] if X.ndim == 3 else X
-        if X.dtype != np.uint8:
+        if (self.low_, self.high_) != (0, 255):
             X = (X.astype(np.float64) - self.low_) / max(self.high_ - self.low_, 1e-300) * 255
         x = torch.from_numpy(np.clip(X, 0, 255).astype(np.float32)).permute(0, 3, 1, 2)
         x = F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)

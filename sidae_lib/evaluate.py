@@ -20,7 +20,7 @@ from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
 from .step import Captured
-from .train import batches, lr_at, provenance, seeded, sha256, strip
+from .train import batches, lr_at, provenance, seeded, several_classes, sha256, strip
 
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
@@ -47,13 +47,12 @@ def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
         raise SidaeError(f"{images.display} has no predefined folds; leave fold at -1.")
     chosen = torch.arange(len(train.labels)) if config.fold < 0 else train.folds[config.fold]
     chosen = chosen[subset(len(chosen), fraction=config.labels, count=config.label_count, seed=config.label_seed)]
-    if len(train.labels[chosen].unique()) < 2:
-        raise SidaeError(f"The {len(chosen)} labels chosen of {images.display} are all of one class; choose more.")
-    if config.score_on != "val":
-        return chosen, torch.arange(len(images.split("test").labels))
     held = torch.zeros(len(chosen), dtype=torch.bool)
-    held[subset(len(chosen), fraction=0.2, seed=config.label_seed + 1)] = True
-    return chosen[~held], chosen[held]
+    if config.score_on == "val":
+        held[subset(len(chosen), count=max(1, round(0.2 * len(chosen))), seed=config.label_seed + 1)] = True
+    several_classes(train.labels[chosen[~held]], f"{len(chosen)} labels chosen of {images.display}" + (
+        f", less {int(held.sum())} that are held out," * (config.score_on == "val")))
+    return chosen[~held], chosen[held] if config.score_on == "val" else torch.arange(len(images.split("test").labels))
 
 
 def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callable[[Tensor, dict[str, Tensor]], Tensor],
@@ -243,6 +242,8 @@ def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tens
     (fit, scored, y_fit, y_scored), again = (
         model_selection.train_test_split(test, y_test, train_size=0.8, random_state=config.seed + n)
         if part else (x, test, y, y_test) for n in (0, 1))
+    for labels in (y_fit, again[2]):
+        several_classes(torch.from_numpy(labels), f"{len(labels)} test labels that score_on part fits on")
     logistic = pipeline.make_pipeline(*pca, *([] if part else [preprocessing.StandardScaler()]),
                                       linear_model.LogisticRegression(max_iter=1000)).fit(fit, y_fit)
     predicted = logistic.predict(scored)
@@ -268,11 +269,12 @@ def how_often_right(record: dict[str, Any]) -> np.ndarray:
 
 
 def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch.device) -> dict[str, Any]:
-    """The record of one evaluation; accuracy in percent, confusion matrix with true classes as rows. Kind `pairs` mines
-    among the images whose labels are given, and its accuracy is that of the pairs, rows the classes of one end. With
-    repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the last epoch `right` says of
-    every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind `tsne` keeps of every query
-    itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the neighbours.
+    """The record of one evaluation; accuracy in percent (of a class that was not scored: None), confusion matrix with true
+    classes as rows. Kind `pairs` mines among the images whose labels are given, and its accuracy is that of the pairs, rows
+    the classes of one end. With repeats the accuracy is their mean, `each` the list, and the matrix counts them all. At the
+    last epoch `right` says of every test image how often it was right (bytes, zlib, base64; `how_often_right` reads it). Kind
+    `tsne` keeps of every query itself and its neighbours as one `train.strip`, 36 small images in all, and the classes of the
+    neighbours.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
@@ -344,7 +346,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     predicted = predicted.view(-1, len(y_test))
     confusion = torch.bincount((y_test * classes + predicted).flatten(), minlength=classes**2).view(classes, classes)
     confusion = confusion.cpu().numpy()  # of all repeats together
-    per_class = 100 * confusion.diagonal() / np.maximum(confusion.sum(1), 1)
+    counted = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
     right = predicted == y_test  # (repeats, N)
     if config.repeats > 1:
         extra["each"] = [round(v, 4) for v in (100 * right.double().mean(1)).tolist()]
@@ -354,7 +356,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         "config": config.to_dict(), "key": config.key(), "run_key": config.run.key(), "epoch": config.epoch,
         "kind": config.kind, "data": {"name": images.name, "display": images.display},
         "backbone": sha256(weights.read_bytes()), "accuracy": round(100 * right.double().mean().item(), 4),
-        "per_class": [round(float(v), 4) for v in per_class], "confusion": confusion.tolist(),
+        "per_class": [round(100 * good / n, 4) if n else None for good, n in counted], "confusion": confusion.tolist(),
         "classes": list(images.classes), "n_train": len(y), "n_test": len(y_test),
         "seconds": round(time.perf_counter() - began, 3), "provenance": provenance(device), **extra,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """What each figure needs: scale in, configs out. A figure's function here has the name of its notebook and its files."""
 
+import inspect
 import math
 import os
 import warnings
@@ -7,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from . import data, methods, own, pairs, runs
-from .config import EvalConfig, RunConfig, SidaeError
+from .config import LISTS, EvalConfig, RunConfig, SidaeError, typed
 from .methods import metric
 
 
@@ -86,7 +87,7 @@ PROBES = ("linear", "logistic", "knn")
 
 
 def scale_of(name: str) -> Scale:
-    if name not in SCALES:
+    if typed("scale", name, str) not in SCALES:
         raise SidaeError(f"Unknown scale {name!r}; choose from {', '.join(SCALES)}.")
     return SCALES[name]
 
@@ -97,7 +98,7 @@ def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunC
     if method not in methods.METHODS:
         raise SidaeError(f"Unknown method {method!r}; choose from {', '.join(methods.METHODS)}.")
     fields = {k: v for k, v in s.run.items() if k not in methods.SHARED or k in methods.METHODS[method].reads}
-    known = data.identify(dataset, download=bool(os.environ.get("SIDAE_DOWNLOAD")))
+    known = data.identify(typed("dataset", dataset, str), download=bool(os.environ.get("SIDAE_DOWNLOAD")))
     fields |= {"method": method, "data": known, "seed": seed}
     if method == "untrained":
         fields |= {"epochs": 0, "augment": "none"}
@@ -162,11 +163,29 @@ def _joined(*parts: Needs) -> Needs:
     return list(dict.fromkeys(runs)), list(dict.fromkeys(evals))
 
 
+F = TypeVar("F", bound=Callable)
+
+
+def _door(build: F) -> F:
+    """A function that notebooks and the command line call with what people gave: its lists are read in one way."""
+    signature = inspect.signature(build)
+
+    @wraps(build)
+    def opened(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.arguments |= {k: typed(k, v, list) for k, v in given.arguments.items() if k in LISTS}
+        return build(*given.args, **given.kwargs)
+
+    return opened
+
+
+@_door
 def sidae_step_by_step(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Figures 1 and 2 and the walk through the loss: one short run."""
     return [run("sidae", (datasets or scale_of(scale).datasets)[0], scale, (seeds or (0,))[0])], []
 
 
+@_door
 def accuracy_vs_epochs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Figures 3 and 5: accuracy after more and more pre-training, many and scarce labels, three methods, and the
     supervised and the untrained network as lines."""
@@ -175,6 +194,7 @@ def accuracy_vs_epochs(scale: str, datasets: Sequence[str] = (), seeds: Sequence
                      for part in (pretrained, supervised)))
 
 
+@_door
 def w_sweep(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Figure 4: accuracy against w, on test and on the validation split that w is chosen by; with one seed (all at paper
     scale) also for targets in [0, 1], a scale of the reconstruction error that the paper leaves open."""
@@ -190,6 +210,7 @@ def w_sweep(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ())
     return _joined(*parts)
 
 
+@_door
 def best_w(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> float | None:
     """The w inside (0, 1) with the best mean accuracy on the validation split of the scarce labels, never on test; None
     while a record of the sweep is missing."""
@@ -203,6 +224,7 @@ def best_w(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) 
     return max(found, key=lambda w: mean(found[w]))
 
 
+@_door
 def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict[str, list[EvalConfig]]:
     """Why the order of methods may differ from the paper's: change -> the three methods with this one change, scored on the
     validation split by many and by scarce labels. At scales smoke and laptop, the last where the backbone is a ResNet; w
@@ -220,6 +242,7 @@ def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = 
             for name, change in changes.items()}
 
 
+@_door
 def datasets_table(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Table 1: the last checkpoint by the paper's probe, on every set, and after transfer where the pool is there; and
     what `hypotheses` asks for."""
@@ -227,12 +250,13 @@ def datasets_table(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int
     try:
         parts += [] if datasets else [stl_transfer(scale, (), seeds)]
     except SidaeError as e:
-        warnings.warn(f"The table has no transfer rows. {e}", stacklevel=2)
+        warnings.warn(f"The table has no transfer rows. {e}", stacklevel=3)
     evals = [e for _, part in parts for e in part if e.epoch == e.run.epochs and e.kind in ("linear", "classifier")]
     evals += sum(hypotheses(scale, datasets, seeds).values(), [])
     return _joined(([e.run for e in evals], evals))
 
 
+@_door
 def fine_tuning(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Figure 6: the backbone moves too, for every length of pre-training (first and last below paper scale), SidAE at
     w = 0.5 and, once the sweep that chooses it is recorded, at the chosen w; and that sweep."""
@@ -249,6 +273,7 @@ def fine_tuning(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] =
     return _joined(*parts)
 
 
+@_door
 def stl_transfer(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Figure 7: pre-train on one set (STL-10's unlabeled images; below paper scale the pool `tinyimagenet32`), classify
     others; beside it the supervised networks of those, and the networks that were pre-trained on them."""
@@ -266,6 +291,7 @@ def stl_transfer(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] 
     return _joined(*parts)
 
 
+@_door
 def tsne(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Pictures of five backbones' features, the same test points for all: t-SNE, PCA and nearest neighbours."""
     s = scale_of(scale)
@@ -293,6 +319,7 @@ def _paired(scale: str, dataset: str, method: str, seed: int, kind: str = "none"
     return run(method, dataset, scale, seed, **changes)
 
 
+@_door
 def semantic_pairs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """SePP-ID's tables at this scale: training with none, with oracle pairs, with mined ones and with two more controls;
     fine-tuning and transfer; how many pairs are right, by encoder, epoch, share of the images, with augmentation and
@@ -322,8 +349,8 @@ def semantic_pairs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int
         runs += [*mine, *(one(m, seed) for m in ("simsiam", "simclr", "nnclr", "fnc"))]
         moco, own = one("moco_v2", seed), round(k / (1437 if dataset == "digits" else 50_000), 4)
         asked = [(one(m, seed), {}) for m in ("sidae", "simsiam", "simclr")]  # Table 1; then Figure 2, epochs, K, Tiny ImageNet
-        asked += [(one("moco_v2", n), {"epoch": e, "augment": a}) for n in several for e in (0, -1)
-                  for a in ("none", moco.augment)]  # fmt: skip
+        asked += [(one("moco_v2", n), {"epoch": e, "augment": a, "pair_recipe": 1 + ((n, e, a) == (2, 0, moco.augment))})
+                  for n in several for e in (0, -1) for a in ("none", moco.augment)]  # fmt: skip
         asked += [(moco, {"epoch": e}) for e in checkpoints(moco, s.points)] + [(moco, {"labels": n}) for n in among]
         asked += [(moco, {"data": data.identify("tinyimagenet32"), "labels": 0.1})] if dataset == "cifar10" else []
         evals += [EvalConfig(run=r, kind="pairs", **{"labels": own} | more) for r, more in asked]
@@ -345,6 +372,7 @@ MADE = {  # method -> what else a composed one names, to be the same
 }
 
 
+@_door
 def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Needs:
     """Every method on one set at equal images seen; AMDIM, CPC and YADIM with one choice changed at a time (at laptop scale
     encoder and extraction alone); SimCLR, AMDIM and YADIM once more, made of five choices. Two seeds below paper scale."""
@@ -375,6 +403,7 @@ def five_axes(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (
                    for r in found for kind in ("logistic", "knn")[: 1 if methods.varied(r) else 2]]
 
 
+@_door
 def your_own_images(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), plan: own.Plan | None = None
                     ) -> Needs:  # fmt: skip
     """Notebook 10: three methods, the untrained network and, for each number of labels, a supervised one of as many
@@ -403,6 +432,7 @@ PROTOCOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of training, 
         {"batch_norm": "joint"}, {}))}  # fmt: skip
 
 
+@_door
 def pairwise_vs_triplet(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), protocols: Sequence[str] = ()
                         ) -> Needs:  # fmt: skip
     """The student report's twelve scenarios and four controls: as its code ran them (one seed, with t-SNE maps), and by a

@@ -91,7 +91,9 @@ def evaluations(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             classes = (name.split(" - ")[0] for name in r["classes"])  # MNIST calls one "8 - eight"
             images = np.sum(r["confusion"], axis=1).tolist()
             others = [("top3", r["top3"], r["n_test"]), ("knn", r["knn"], r["n_test"]), *zip(classes, r["per_class"], images)]
-            rows += [rows[-1] | {"metric": name, "accuracy": value, "error": _sampling(value, n)} for name, value, n in others]
+            for name, value, n in others:
+                value = np.nan if value is None else value
+                rows.append(rows[-1] | {"metric": name, "accuracy": value, "error": _sampling(value, n)})
     return pd.DataFrame(rows)
 
 
@@ -731,7 +733,7 @@ def pair_table(pairs: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]
     for r in rivals:
         name = r["config"]["method"]
         for e in r["epochs"]:
-            share = e["nn_accuracy"] if name == "nnclr" else e["fn_right"] / max(e["fn_found"], 1e-9)
+            share = e["nn_accuracy"] if name == "nnclr" else e["fn_right"] / (e["fn_found"] or np.nan)
             rows.append({"panel": "epoch", "series": f"{NAMES[name]}, while training", "x": e["epoch"], "accuracy": 100 * share,
                          "colour": COLOURS[name], "line": "--", "hardware": hardware(r["provenance"])})  # fmt: skip
     points, by = [], ["panel", "series", "colour", "line", "x"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from . import data, paths, train
-from .config import RunConfig, SidaeError
+from .config import RunConfig, SidaeError, typed
 from .data import Images, subset
 
 STEPS = {"smoke": 8, "quick": 220, "laptop": 2500, "paper": 19_500}  # optimiser steps of a run without a time budget
@@ -32,7 +32,7 @@ def prepare(place: str, size: int = 32) -> tuple[str, list[str]]:
     differ and files may be broken: images become RGB of `size` pixels, what cannot be read is left out and said. Where
     there is no test split, a fifth of each class becomes one (seed 0). Raises SidaeError where too little is left.
     """
-    path = Path(place.removeprefix("folder:").removeprefix("npz:")).expanduser()
+    path = Path(typed("images", place, str).removeprefix("folder:").removeprefix("npz:")).expanduser()
     notes: list[str] = []
     if path.is_dir():
         arrays = _decode(path, size, notes)
@@ -134,7 +134,7 @@ def hidden(images: Images, labels: int = 0) -> pd.DataFrame:
     by three standard deviations and by a twentieth of all.
     """
     split = images.split("train")
-    rows = subset(len(split.labels), count=labels)[torch.randperm(labels or len(split.labels),
+    rows = subset(len(split.labels), count=typed("labels", labels, int))[torch.randperm(labels or len(split.labels),
                                                                   generator=torch.Generator().manual_seed(0))[:2000]]
     x, y = split.images[rows] / 255, split.labels[rows]
     grey = x.mean(1).flatten(1)
@@ -173,6 +173,7 @@ def plan(images: Images, network: RunConfig, steps: int, *, labels: int = 0, min
     network: any pre-training run on them at the wanted size; its batch is the largest.  steps: of each run, unless
     `minutes` (for everything) are given: then a few steps are timed.  labels: how many the reader has, 0 = all.
     """
+    labels, minutes, seeds = typed("labels", labels, int), typed("budget", minutes, float), typed("seeds", seeds, list)
     split, x = images.split("train"), images.split("train").images
     n, share, every = len(x), "train", len(split.labels)
     if "unlabeled" in images.splits and len(images.split("unlabeled").images) > n:

@@ -40,7 +40,8 @@ def _best(n: int, pairs: tuple[Tensor, ...], count: int | None = None) -> Pairs:
 
 
 def _band(z: Tensor, low: float, high: float, count: int | None) -> Pairs:
-    """All i < j with cosine in [low, high], or the `count` highest of them; scores in float64."""
+    """All i < j with cosine in [low, high], or the `count` highest of them; scores in float64, cut to [-1, 1], since that of
+    equal vectors may be rounded to 1 + 2e-16."""
     norm = torch.linalg.vector_norm(z, dim=1, dtype=torch.float64)
     if not (norm.isfinite() & (norm > 0)).all():
         raise SidaeError("Some embeddings are zero or not finite, so they have no cosine; look at the encoder's record.")
@@ -49,7 +50,7 @@ def _band(z: Tensor, low: float, high: float, count: int | None) -> Pairs:
     for a, b in combinations_with_replacement(range(0, n, TILE), 2):
         s = e[a : a + TILE] @ e[b : b + TILE].T
         if a == b:
-            s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -2)  # each pair once, none with itself
+            s.masked_fill_(torch.ones_like(s, dtype=torch.bool).tril(), -math.inf)  # each pair once, none with itself
         near = s >= floor - MARGIN
         v = s[near]
         if count and len(v) > count and len(sure := v[v <= high - MARGIN]) > count:
@@ -58,7 +59,7 @@ def _band(z: Tensor, low: float, high: float, count: int | None) -> Pairs:
         if len(i):
             i, j = i + a, j + b
             score = torch.cat([(z[p].double() * z[q].double()).sum(1) / (norm[p] * norm[q])
-                               for p, q in zip(i.split(2**13), j.split(2**13))])  # fmt: skip
+                               for p, q in zip(i.split(2**13), j.split(2**13))]).clamp(-1, 1)  # fmt: skip
             ok = (score >= low) & (score <= high)
             found = Pairs(*(torch.cat([old, new[ok]]) for old, new in zip(found, (i, j, score))))
         if count and len(found.i) > count:
@@ -157,9 +158,9 @@ def find(config: RunConfig, images: Images, rows: Tensor, device: torch.device) 
 def report(pairs: Pairs, labels: Tensor | None = None) -> dict[str, Any]:
     """A list of pairs in numbers: its hash; ordered, unordered: how many there are with both directions and with one;
     images: distinct ones; low, high: extreme cosines. With labels (int64, one per image): the pair accuracy in percent
-    with its 95 % interval, and for each class the number of its pairs and their accuracy, a pair counting for both ends.
-    The interval is Wilson's at the effective number of pairs, since those that share an anchor i are not independent
-    (Kish's design effect, from the variance between anchors)."""
+    with its 95 % interval, and for each class the number of its pairs and their accuracy (of none: None), a pair counting
+    for both ends. The interval is Wilson's at the effective number of pairs, since those that share an anchor i are not
+    independent (Kish's design effect, from the variance between anchors)."""
     if not len(pairs.i):
         return {"ordered": 0, "unordered": 0, "images": 0}
     i, j = torch.stack([torch.cat([pairs.i, pairs.j]), torch.cat([pairs.j, pairs.i])]).cpu()
@@ -180,5 +181,5 @@ def report(pairs: Pairs, labels: Tensor | None = None) -> dict[str, Any]:
         number, good = (labels[i].bincount(w, minlength=int(labels.max()) + 1) for w in (None, right))
         out |= {"accuracy": round(100 * p, 4), "interval": [round(100 * v, 4) for v in (centre - half, centre + half)],
                 "class_pairs": number.tolist(),
-                "class_accuracy": [round(v, 4) for v in (100 * good / number.clamp(min=1)).tolist()]}  # fmt: skip
+                "class_accuracy": [round(100 * g / k, 4) if k else None for g, k in zip(good.tolist(), number.tolist())]}
     return out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import data, evaluate, methods, paths, threads, train
-from .config import EvalConfig, RunConfig, SidaeError, digest
+from .config import EvalConfig, RunConfig, SidaeError, digest, typed
 
 Config = RunConfig | EvalConfig
 Record = dict[str, Any]
@@ -439,7 +439,8 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
     An evaluation is recorded as training passes its checkpoint.  A damaged file of the store is set aside and computed
     again.  When some fail the rest are finished and kept, then one SidaeError names the failed.
     """
-    if until is not None and until < 1:
+    minutes = None if minutes is None else typed("minutes", minutes, float)
+    if until is not None and typed("until", until, int) < 1:
         raise SidaeError(f"until is an epoch to train to, at least 1, not {until}.")
     for config in configs:  # every name is looked up before the first hour is spent
         methods.check(_run(config))

@@ -83,6 +83,12 @@ def batches(n: int, batch: int, keep_last: bool) -> list[tuple[int, int]]:
     return list(zip(bounds, bounds[1:]))
 
 
+def several_classes(labels: Tensor, which: str) -> None:
+    """Raises SidaeError unless there are two classes at least: fitted on one, everything is that one."""
+    if len(labels.unique()) < 2:
+        raise SidaeError(f"The {which} are all of one class; choose more.")
+
+
 def training_pairs(config: RunConfig, images: Images, device: torch.device) -> tuple[Tensor, pairs.Pairs | None]:
     """(N + P, 2) int64 index pairs (i, j) into the split: view 1 comes from image i, view 2 from image j; or triples. First
     the method's own N, (i, i) for most, then the P semantic pairs, which are returned apart too (None where there are
@@ -93,6 +99,7 @@ def training_pairs(config: RunConfig, images: Images, device: torch.device) -> t
         if split.labels is None:
             raise SidaeError(f"{config.method} needs labels, and the {config.split} split of {images.name} has none.")
         i = subset(n, fraction=config.labels, count=config.label_count, seed=config.label_seed)
+        several_classes(split.labels[i], f"{len(i)} labels chosen of {images.display}")
         if config.per_class:
             i = torch.cat([(split.labels == c).nonzero()[: config.per_class, 0] for c in split.labels.unique()])
     else:

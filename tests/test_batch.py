@@ -11,7 +11,7 @@ import pytest
 from dask.system import CPU_COUNT
 
 from sidae_lib import paths
-from sidae_lib.batch import _arguments, _jobs, _value, main
+from sidae_lib.batch import _arguments, _jobs, _parameters, main
 from sidae_lib.config import SidaeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +159,37 @@ def test_a_refusal_is_one_line_and_exit_code_2(copy):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "huge" in done.stderr
 
 
-def test_a_word_that_means_false_is_false():
-    """"false" as a word would count as true, and a figure that was to be shown would be computed."""
-    given = ("false", "False", "TRUE", "0", "[1]", "mnist")
-    assert [_value(v) for v in given] == [False, False, True, 0, [1], "mnist"]
+@pytest.mark.parametrize("option", ["--seeds", "--minutes", "--jobs"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_both_command_lines_refuse_the_same_in_the_same_words(option, value, cli):
+    with pytest.raises(SidaeError, match=f"^{option} must be above 0, not {value}\\.$") as e:
+        main([option, value])
+    done = cli("run", "tsne", "--scale", "smoke", option, value)
+    assert (done.returncode, done.stderr) == (2, f"error: {e.value}\n")
+
+
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("seeds", "1", [1]), ("seeds", "[0, 1]", [0, 1]), ("seeds", "[]", []), ("datasets", "digits", ["digits"]),
+    ("datasets", "['mnist', 'digits']", ["mnist", "digits"]), ("extra", "['x', 1]", ["x", 1]), ("extra", "x", ["x"]),
+    ("images", "2024", "2024"), ("images", "none", "none"), ("images", "'a b'", "a b"), ("labels", "20", 20),
+    ("minutes", "3", 3.0), ("any", "mnist", "mnist"), ("any", "3", 3),
+    *(("compute", word, value) for value in (True, False) for word in (str(value), str(value).lower(), str(value).upper())),
+    *((n, t, f"{n} must be {what}, not {shown}.") for n, t, what, shown in (
+        ("seeds", "x", "int or a list of them", "'x'"), ("seeds", "[0, 1.5]", "int or a list of them", "1.5"),
+        ("datasets", "3", "str or a list of them", "3"), ("labels", "many", "int", "'many'"), ("labels", "true", "int", "True"),
+        ("minutes", "long", "float", "'long'"), ("compute", "0", "bool", "0"), ("compute", "no", "bool", "'no'"))),
+])  # fmt: skip
+def test_a_parameter_is_of_the_type_that_the_notebook_declares(name, text, value, tmp_path):
+    """Or refused by its name. "false" as a word would count as true, and a figure that was to be shown would be computed."""
+    (tmp_path / "notebooks").mkdir()
+    own = ("datasets: list = []", "extra: list = []", 'images: str = "x"', "labels: int = 3", "compute: bool = True", "any = 0")
+    write(tmp_path, "00_first", parameters="\n".join((PARAMETERS, *own)))
+    notebook = tmp_path / "notebooks" / "00_first.ipynb"
+    args = _arguments(["--scale", "smoke", "-p", name, text])
+    if isinstance(value, str) and value.startswith(f"{name} must"):
+        with pytest.raises(SidaeError) as e:
+            _parameters(args, [notebook])
+        assert str(e.value) == value
+    else:
+        given = _parameters(args, [notebook])[notebook]
+        assert given.pop(name) == value and given.keys() <= {"scale", "device", "seeds"}

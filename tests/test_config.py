@@ -48,6 +48,7 @@ EVAL_DEFAULTS = {
     "score_on": "test", "fold": -1, "fit_epochs": 50, "lr": 0.05, "backbone_lr": 0.05, "momentum": 0.9,
     "weight_decay": 0.0, "schedule": "constant", "batch": 256, "keep_last": True, "augment": "none", "bn": "eval",
     "stats": "run", "k": 200, "tau": 0.1, "C": 1.0, "features": "backbone", "points": 1000, "perplexity": 30.0,
+    "pair_recipe": 1,
 }  # fmt: skip
 
 
@@ -113,7 +114,8 @@ def test_every_field_that_is_not_at_its_default_is_in_the_key():
     other = {"run": run(seed=1), "kind": "knn", "data": "1", "labels": 0.5, "score_on": "val", "momentum": 0.5,
              "schedule": "cosine", "keep_last": False, "augment": "fer", "bn": "train", "stats": "data",
              "features": "pca"}  # fmt: skip
-    changed = [evaluation().replace(**{f.name: other.get(f.name, 7)}) for f in fields(EvalConfig)]
+    changed = [evaluation().replace(**{f.name: other.get(f.name, 7)}) for f in fields(EvalConfig) if f.name != "pair_recipe"]
+    changed.append(evaluation(kind="pairs", pair_recipe=2))
     assert len({c.key() for c in [evaluation(), *changed]}) == len(fields(EvalConfig)) + 1
 
 
@@ -233,6 +235,7 @@ BAD_EVALS = [
     ({"epoch": -2}, "epoch"), ({"epoch": -1.0}, "epoch must be int"), ({"seed": -2}, "seed"), ({"batch": 1}, "batch"),
     ({"labels": 0}, "(0, 1]"), ({"labels": 2}, "(0, 1]"), ({"label_count": -5}, "label_count"), ({"fold": 10}, "fold"),
     ({"fold": -2}, "fold"), ({"momentum": 1}, "momentum"), ({"weight_decay": -1}, "weight_decay"), ({"tau": 0}, "tau"),
+    ({"pair_recipe": 2}, "kind pairs"), ({"pair_recipe": 3, "kind": "pairs"}, "pair_recipe is 1"),
     ({"backbone_lr": -0.1}, "backbone_lr"), ({"tau": float("nan")}, "finite"), ({"bn": "frozen"}, "eval, train"),
     *(({name: 0}, f"{name} must be positive") for name in ("fit_epochs", "lr", "k", "C")),
     *(({name: "x"}, f"Unknown {name} 'x'") for name in ("score_on", "schedule", "stats")), ({"kind": 3}, "must be str"),

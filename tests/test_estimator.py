@@ -72,8 +72,42 @@ def test_a_seed_is_a_result_and_labels_are_none(fitted):
     assert SidAEFeatures(**SMALL | {"random_state": 1}).fit(DIGITS.images).weights_ != fitted.weights_
 
 
-def test_pixels_out_of_the_fitted_range_are_clipped(fitted):
-    assert np.array_equal(fitted.transform(DIGITS.images[:5] * 100), fitted.transform(np.where(DIGITS.images[:5] > 0, 16.0, 0)))
+@pytest.mark.parametrize("form", [np.int64, np.uint8, np.random.RandomState, np.random.seed])
+def test_every_form_of_one_random_state_is_one_result(form, fitted):
+    """`np.random.seed` returns None, which stands for NumPy's own generator."""
+    assert SidAEFeatures(**SMALL | {"random_state": form(0)}).fit(DIGITS.images).weights_ == fitted.weights_
+
+
+def test_pixels_a_little_out_of_the_fitted_range_are_clipped(fitted):
+    x = DIGITS.images[:5]
+    assert np.array_equal(fitted.transform(np.where(x == 16, 20, x)), fitted.transform(x))
+    assert np.array_equal(fitted.transform(np.where(x == 0, -3, x)), fitted.transform(x))
+
+
+U8 = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+U8[0] = 0  # a blank image; it passes alone too
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.uint16, np.float32])
+@pytest.mark.parametrize("x", [DIGITS.images[:12], U8], ids=["0 to 16", "bytes"])
+def test_the_type_of_the_same_pixels_makes_no_difference(x, kind):
+    estimator = SidAEFeatures(**SMALL | {"batch": 12}).fit(x)
+    features = estimator.transform(x)
+    assert features.std(0).max() > 0 and np.array_equal(features, estimator.transform(x.astype(kind)))
+    for n in range(len(x)):
+        assert np.allclose(estimator.transform(x[n : n + 1].astype(kind)), features[n : n + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("x", "other"), [
+    (U8, U8 / 255), (U8, np.float32(U8 / 127.5 - 1)), (U8, (U8 - 127.0) / 74), (U8, (U8 > 127) * 1.0),
+    (U8, U8.astype(int) * 257), (U8 / 255, U8), (U8 / 255.0, U8 * 1.0), (U8 * 257.0, U8), (U8 > 127, U8),
+    (DIGITS.images[:12], DIGITS.images[:12] / 16),
+    (DIGITS.images[:12], DIGITS.images[:12] * 100), (DIGITS.images[:12] / 16, DIGITS.images[:12]),
+])  # fmt: skip
+def test_pixels_on_another_scale_are_one_sentence(x, other):
+    estimator = SidAEFeatures(**SMALL | {"batch": 12}).fit(x)
+    with pytest.raises(ValueError, match=r"^X lies in \S+ to \S+, but SidAEFeatures was fitted on \S+ to \S+; give .*\.$"):
+        estimator.transform(other)
 
 
 def test_pickled_weights_are_safetensors(fitted):

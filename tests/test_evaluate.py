@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from test_step import Waits
 from torch import nn
 
-from sidae_lib import data, evaluate, experiments, networks, train
+from sidae_lib import data, evaluate, experiments, figures, networks, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.data import Images, Split, subset
 
@@ -339,6 +339,32 @@ def test_validation_holds_out_a_fifth_of_the_chosen_labels(changes, n, images):
     assert len(held) == round(0.2 * n) and sorted([*fit.tolist(), *held.tolist()]) == chosen.tolist()
 
 
+def test_no_probe_is_fitted_on_one_class(images, weights):
+    """Of three labels of two classes a fifth, rounded to one, is held out: what is left may be of one class."""
+    labels, refused = images.split("train").labels, 0
+    for seed in range(30):
+        c = config(kind="logistic", label_count=3, label_seed=seed, score_on="val")
+        chosen = subset(97, count=3, seed=seed)
+        fit = chosen[[n not in subset(3, count=1, seed=seed + 1) for n in range(3)]]
+        if len(labels[fit].unique()) == 2:
+            assert torch.equal(evaluate.labelled(c, images)[0], fit)
+            continue
+        refused += len(labels[chosen].unique()) > 1
+        with pytest.raises(SidaeError, match="^The 3 labels chosen of Colours, less 1 that are held out, are all of one class"):
+            measure(images, weights, **{k: v for k, v in c.to_dict().items() if k != "run"})
+    assert refused > 2
+    with pytest.raises(SidaeError, match="^The 2 labels chosen of Colours, less 1"):
+        evaluate.labelled(config(label_count=2, score_on="val"), images)
+    lone, run = torch.zeros(50).long(), SUPERVISED.replace(label_count=1)
+    with pytest.raises(SidaeError, match="^The 1 labels chosen of Colours are all of one class; "):
+        train.training_pairs(run, images, CPU)
+    lone[subset(50, count=1)] = 1  # one image of another class: it is fitted on, or not
+    test = replace(images, splits=images.splits | {"test": replace(images.split("test"), labels=lone)})
+    with pytest.raises(SidaeError, match="^The 40 test labels that score_on part fits on are all of one class; "):
+        for seed in range(20):
+            measure(test, weights, kind="report", score_on="part", seed=seed)
+
+
 def test_validation_never_looks_at_the_test_split(images, weights):
     kinds = ("linear", "knn", "logistic", "finetune")
     honest = [measure(images, weights, kind=k, score_on="val") for k in kinds]
@@ -423,11 +449,21 @@ def test_colours_are_told_apart(images, weights):
         assert measure(images, weights, kind=kind, fit_epochs=50, lr=0.5, k=5)["accuracy"] > 90, kind
 
 
-def test_a_class_that_the_test_split_lacks_counts_as_zero(images, weights):
+@pytest.mark.parametrize("kind", ["knn", "report"])
+def test_a_class_that_the_test_split_lacks_has_no_accuracy(kind, images, weights):
+    """Nothing of nothing is not 0 %: null in the record, a gap in the table, and left out of a mean over classes."""
     test = images.split("test")
-    red = Split(test.images[test.labels < 2], test.labels[test.labels < 2])
-    record = measure(replace(images, splits=images.splits | {"test": red}), weights, kind="knn")
-    assert record["confusion"][2] == [0, 0, 0] and record["per_class"][2] == 0
+    two = Split(test.images[test.labels < 2], test.labels[test.labels < 2])
+    record = measure(replace(images, splits=images.splits | {"test": two}), weights, kind=kind)
+    assert record["confusion"][2] == [0, 0, 0] and record["per_class"][2] is None and None not in record["per_class"][:2]
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    if kind == "report":
+        frame = figures.evaluations([record])
+        assert frame["accuracy"].dtype == float and frame["accuracy"][frame["metric"] == "blue"].isna().all()
+        classes = figures.summary(frame).set_index("metric").loc[["red", "green", "blue"], ["mean", "n"]]
+        assert classes["n"].tolist() == [1, 1, 0] and classes["mean"].tolist()[:2] == record["per_class"][:2]
+        mean = published.sides(frame, "metric in ['red', 'green', 'blue'] > metric == 'accuracy'")
+        assert mean.tolist() == approx([sum(record["per_class"][:2]) / 2 - record["accuracy"]])
 
 
 def unlabelled(images, name):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sidae_lib import data, experiments, figures, paths, runs
+from sidae_lib import data, experiments, figures, own, paths, runs
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from tests.test_data import write_stl
 
@@ -171,3 +171,44 @@ def test_a_figure_shows_few_of_a_sets_images():
     """At most 200 in all: of each network's record six queries with five neighbours each."""
     for scale in ("laptop", "paper"):
         assert 36 * len(experiments.tsne(scale)[1]) <= 200
+
+
+@pytest.mark.parametrize("name", experiments.FIGURES)
+def test_a_single_value_is_a_list_of_one(name):
+    build = experiments.FIGURES[name]
+    lists = build("smoke", ["digits"], [1])
+    assert build("smoke", "digits", 1) == build("smoke", datasets=("digits",), seeds=np.arange(1, 2)) == lists
+    assert {r.seed for r in lists[0]} == {1}
+
+
+@pytest.mark.parametrize("door", [*experiments.FIGURES.values(), experiments.best_w, experiments.hypotheses],
+                         ids=lambda door: door.__name__)  # fmt: skip
+def test_every_door_names_the_parameter_of_a_wrong_type(door):
+    for given, sentence in (({"datasets": 3}, "datasets must be str or a list of them, not 3."),
+                            ({"datasets": ["digits", None]}, "datasets must be str or a list of them, not None."),
+                            ({"seeds": "1"}, "seeds must be int or a list of them, not '1'."),
+                            ({"seeds": [0, True]}, "seeds must be int or a list of them, not True."),
+                            ({"seeds": 0.0}, "seeds must be int or a list of them, not 0.0."),
+                            ({"scale": ["smoke"]}, "scale must be str, not ['smoke'].")):  # fmt: skip
+        with pytest.raises(SidaeError) as e:
+            door(**{"scale": "smoke"} | given)
+        assert str(e.value) == sentence
+
+
+def test_the_other_doors_name_it_too():
+    images = data.load("digits")
+    network = experiments.run("sidae", "digits", "smoke", epochs=1, pool=0)
+    for call, sentence in ((lambda: own.plan(images, network, 8, seeds="1"), "seeds must be int or a list of them, not '1'."),
+                           (lambda: own.plan(images, network, 8, labels="all"), "labels must be int, not 'all'."),
+                           (lambda: own.plan(images, network, 8, minutes="5"), "budget must be float, not '5'."),
+                           (lambda: own.hidden(images, 0.1), "labels must be int, not 0.1."),
+                           (lambda: own.prepare(3), "images must be str, not 3."),
+                           (lambda: experiments.run("sidae", ["digits"], "smoke"), "dataset must be str, not ['digits']."),
+                           (lambda: experiments.pairwise_vs_triplet("smoke", protocols=7),
+                            "protocols must be str or a list of them, not 7."),
+                           (lambda: runs.fetch_all([], minutes="9"), "minutes must be float, not '9'."),
+                           (lambda: runs.fetch_all([], until="9"), "until must be int, not '9'.")):  # fmt: skip
+        with pytest.raises(SidaeError) as e:
+            call()
+        assert str(e.value) == sentence
+    assert own.plan(images, network, 8, seeds=1).counts == own.plan(images, network, 8, seeds=[1]).counts

@@ -113,6 +113,16 @@ def test_several_seeds_of_an_encoder_are_one_point_of_its_pairs_accuracy():
     assert alone.n == 1 and [alone.low, alone.high] == of_list
 
 
+def test_an_epoch_without_false_negatives_is_a_gap():
+    """FNC's share of right ones among those found: of none there is no share, and a line at 0 would say all were wrong."""
+    rival = next(r for r in runs.every("record", (paths.records(),)) if r["config"]["method"] == "fnc" and r["epochs"][64:])
+    mined = next(r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] == "pairs")
+    none = [e | {"fn_found": 0.0, "fn_right": 0.0} if e["epoch"] == 2 else e for e in rival["epochs"]]
+    tables = (figures.pair_table([mined], [rival | {"epochs": e}]) for e in (rival["epochs"], none))
+    was, now = (t[t["series"] == "FNC, while training"].set_index("x")["accuracy"] for t in tables)
+    assert np.isnan(now[2]) and now.drop(2).equals(was.drop(2)) and was[2] > 0
+
+
 def test_a_saved_chart_holds_its_axis_labels(tmp_path, monkeypatch):
     """Ticks are made when a chart is drawn: laid out with ticks of another font size, this label left the page."""
     monkeypatch.setenv("SIDAE_FIGURES", str(tmp_path))
