@@ -35,7 +35,12 @@ NAMES = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "Autoencoder", "supervis
          "vicreg": "VICReg", "dino": "DINO", "barlow_twins": "Barlow Twins", "amdim": "AMDIM", "cpc_v2": "CPC v2",
          "yadim": "YADIM-like", "composed": "Composed", "pairwise": "Pairwise", "triplet": "Triplet"}
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
-PARTS = {"backbone": "#E69F00", "projector": "#F0E442", "predictor": "#0072B2", "decoder": "#009E73"}
+# What is no method has a colour of no method, and dark to light, so that it is told apart without its hue
+SHARES = ("#4400CC", "#DE37FF")  # of the labels: many, scarce
+PARTS = {"backbone": "#850000", "projector": "#FFC4C4", "predictor": "#EF0000", "decoder": "#FF7272"}
+CLASSES = ("#3F90DA", "#FFA90E", "#BD1F01", "#94A4A2", "#832DB6", "#A96B59", "#E76300", "#B9AC70", "#717581", "#92DADD",
+           "#1F486D", "#805407", "#5E0F00", "#4A5251", "#41165B", "#54352C", "#733100", "#5C5638", "#383A40", "#496D6E")
+INK = "#444444"  # zero lines, frames and what stands for all methods alike
 MARKERS = {"sidae": "o", "simsiam": "s", "dae": "^", "simclr": "D", "moco_v2": "v", "nnclr": "<", "fnc": ">", "byol": "P",
            "vicreg": "X", "dino": "p", "barlow_twins": "h", "amdim": "d", "cpc_v2": "H", "yadim": "*", "composed": "4",
            "pairwise": "1", "triplet": "2"}
@@ -126,8 +131,8 @@ def beside_published(table: pd.DataFrame) -> pd.DataFrame:
     share of labels."""
     last = table[(table["epoch"] == table["of"]) & table["kind"].isin(["linear", "classifier"])]
     paper = published.table(source="Table 1", protocol="frozen, linear SGD 50 epochs")
-    paper = paper[["pretrain_data", "data", "method", "labels", "value", "se"]].rename(
-        columns={"pretrain_data": "pretrain_name", "value": "published", "se": "published_se"})
+    paper = paper[["pretrain_data", "data", "method", "labels", "value", "se", "epochs"]].rename(columns={
+        "pretrain_data": "pretrain_name", "value": "published", "se": "published_se", "epochs": "published_epochs"})
     out = last.merge(paper, on=["pretrain_name", "data", "method", "labels"], how="left")
     out["ours"], out["paper"] = (
         [mean_se(*pair) for pair in out[list(names)].to_numpy()] for names in (("mean", "se"), ("published", "published_se")))
@@ -141,6 +146,14 @@ def mean_se(mean: float, se: float) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:g} %"
+
+
+def told(d: published.Difference) -> str:
+    """A difference in words: "+2.50 points (95 % interval +1.20 to +3.80, n = 3): above", "below" or "not told apart"."""
+    mean, low, high = d.interval()
+    span = f"95 % interval {low:+.2f} to {high:+.2f}" if len(d) > 1 else "no interval from one seed"
+    words = {"supported": "above", "contradicted": "below"}.get(d.verdict(), "not told apart")
+    return f"{mean:+.2f} points ({span}, n = {len(d)}): {words}"
 
 
 def gain(frame: pd.DataFrame) -> pd.DataFrame:
@@ -220,6 +233,48 @@ def joined(line: pd.DataFrame) -> pd.Series:
     return line["n"] == line["n"].max()
 
 
+def _curve(ax: plt.Axes, line: pd.DataFrame, x: str, y: str = "mean", *, bars: bool = False, **look: Any) -> None:
+    """One curve with the band, or bars, of its standard errors, or from `low` to `high` where the rows have them. Points of
+    different n are never joined: means over fewer seeds than the most are small marks beside the curve."""
+    line = line.sort_values(x)
+    line, fewer = line[joined(line)], line[~joined(line)]
+    if bars:
+        ax.errorbar(line[x], line[y], line["se"], ms=3, lw=1, capsize=2, **look)
+    else:
+        ax.plot(line[x], line[y], ms=3, lw=1.2, **look)
+        low, high = (line["low"], line["high"]) if "low" in line else (line[y] - line["se"], line[y] + line["se"])
+        ax.fill_between(line[x], low, high, color=look["color"], alpha=0.2, lw=0)
+    if len(fewer):
+        marker = look.get("marker") or "o"
+        ax.plot(fewer[x], fewer[y], marker, ms=2, color=look["color"], alpha=0.5, label="fewer seeds (small)")
+
+
+def _beyond(ax: plt.Axes, epochs: float) -> plt.Axes:
+    """Where a value of a longer run than the panel's stands: a strip right of it, whose one tick is that run's length."""
+    if ax.child_axes:
+        return ax.child_axes[0]
+    strip = ax.inset_axes((1.05, 0, 0.1, 1), sharey=ax)
+    strip.set(xticks=[epochs], xlim=(epochs - 1, epochs + 1))
+    strip.tick_params(left=False, labelleft=False)
+    strip.spines["left"].set_visible(False)
+    return strip
+
+
+def by_validation(table: pd.DataFrame, option: str, by: Sequence[str] = ("labels",)) -> pd.DataFrame:
+    """What a choice by the validation split gives on test, from `summary`: a row per group with the value of the column
+    `option` of the highest mean on validation, that mean, its mean and standard error on test over n seeds, its rank there
+    among the candidates, and the one that is best on test. Accuracies in percent."""
+    rows = []
+    for key, part in table.groupby(list(by), sort=False):
+        val, test = (part[part["scored"] == on].set_index(option) for on in ("val", "test"))
+        chosen, best = val["mean"].idxmax(), test["mean"].idxmax()
+        own = test.loc[chosen]
+        rows.append({**dict(zip(by, key)), "chosen": chosen, "validation": val["mean"][chosen], "test": own["mean"],
+                     "se": own["se"], "n": own["n"], "rank": f"{(test['mean'] > own['mean']).sum() + 1} of {len(test)}",
+                     "best": best, "best_test": test["mean"][best]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def reach(table: pd.DataFrame) -> str:
     """How far the curves of a `summary` have come that end before their runs do: "to epoch 75 of 200, n = 2", with the
     methods' names where they differ; empty where all have come to their end."""
@@ -236,11 +291,11 @@ def reach(table: pd.DataFrame) -> str:
 
 def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
     """Figures 3, 5, 6 and 7 from `summary`: one column per set, one row per share of labels (of one set alone side by side),
-    standard-error bands, supervised and untrained as lines; by the paper's own probe also its end points, hollow, at the
-    right edge. Curves of unfinished runs go as far as they have come, which the title says; means over fewer seeds are dots
-    beside the line."""
+    standard-error bands, supervised and untrained as lines; by the paper's own probe also its end points, hollow, at their
+    own epoch: in a strip of its own where that is beyond the panel's. Curves of unfinished runs go as far as they have come,
+    which the title says; means over fewer seeds are dots beside the line."""
     sets, shares = list(dict.fromkeys(table["data"])), sorted(set(table["labels"]), reverse=True)
-    end = beside_published(table) if kind == "linear" else table[:0].assign(published=0.0, published_se=0.0)
+    end = beside_published(table) if kind == "linear" else table[:0].assign(published=0.0)
     high, wide = (len(shares), len(sets)) if len(sets) > 1 else (1, len(shares))
     with _figure(2.6 * wide + 0.6, 2.1 * high + 0.7) as fig:
         axes = fig.subplots(high, wide, squeeze=False).reshape(len(shares), len(sets))
@@ -254,19 +309,13 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
                     ax.axhspan(line.mean - line.se, line.mean + line.se, color=COLOURS[line.method], alpha=0.12, lw=0)
             trained = part[(part["of"] > 0) & (part["kind"] == kind)]
             for (method, w), line in trained.groupby(["method", "w"], sort=False):
-                line, marker, colour = line.sort_values("epoch"), MARKERS[method], COLOURS[method]
-                style = {"ls": "--", "mfc": "white"} if w != 0.5 else {}
-                if len(fewer := line[~joined(line)]):
-                    ax.plot(fewer["epoch"], fewer["mean"], marker, ms=2, color=colour, alpha=0.5, label="fewer seeds (small)")
-                line = line[joined(line)]
-                ax.plot(line["epoch"], line["mean"], marker=marker, ms=3, lw=1.2, color=colour, label=variant(method, w),
-                        **style)
-                ax.fill_between(line["epoch"], line["mean"] - line["se"], line["mean"] + line["se"], color=colour,
-                                alpha=0.2, lw=0)
+                look, style = {"marker": MARKERS[method], "color": COLOURS[method]}, {"ls": "--", "mfc": "white"}
+                _curve(ax, line, "epoch", label=variant(method, w), **look, **(style if w != 0.5 else {}))
                 own = end[(end["data"] == sets[column]) & (end["labels"] == shares[row]) & (end["method"] == method)]
-                own = own[own["w"] == w].dropna(subset="published")
-                ax.errorbar(own["of"] * 1.06, own["published"], own["published_se"], fmt=marker, ms=4, mfc="none",
-                            color=colour, lw=0.8, label="Published (hollow)" if len(own) else None)
+                for p in own[own["w"] == w].dropna(subset="published").itertuples():
+                    at = ax if p.published_epochs <= trained["of"].max() else _beyond(ax, p.published_epochs)
+                    at.errorbar(p.published_epochs, p.published, p.published_se, ms=4, mfc="none", lw=0.8, **look, ls="",
+                                label="Published (hollow)")
             shown = part["display"].iloc[0]
             source = trained["pretrain"]
             name = shown if set(source) <= {shown} else f"{source.iloc[0]} to\n{shown}"
@@ -276,7 +325,7 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> Figure:
             ax.xaxis.get_major_locator().set_params(integer=True)
             if column == 0:
                 ax.set_ylabel(f"test accuracy (%), {PROBES[kind]}")
-        _legend(fig, axes.flat, 2 * wide)
+        _legend(fig, [*axes.flat, *(strip for ax in axes.flat for strip in ax.child_axes)], 2 * wide)
     return fig
 
 
@@ -295,23 +344,23 @@ def _legend(fig: Figure, axes: Iterable[plt.Axes], columns: int) -> None:
 
 def w_sweep(table: pd.DataFrame) -> Figure:
     """Figure 4 from `summary`: test accuracy against w, left with many and scarce labels (filled: test, hollow: the
-    validation split that w is chosen by), right, scarce labels, for two scales of the reconstruction target."""
+    validation split that w is chosen by), right, scarce labels, for two scales of the reconstruction target. A colour is a
+    share of the labels, a marker on the right a target."""
     shares = sorted(set(table["labels"]), reverse=True)
     plain = table["target"] == "standardised, mean"
     table = table.assign(w=table["w"].where(table["method"] == "sidae", (table["method"] == "simsiam").astype(float)))
     with _figure(6.4, 2.9) as fig:
         left, right = fig.subplots(1, 2, sharey=True)
-        for share, colour in zip(shares, (COLOURS["sidae"], COLOURS["simsiam"])):
+        for share, colour in zip(shares, SHARES):
             for scored, style in (("test", {"ls": "-", "marker": "o"}), ("val", {"ls": ":", "marker": "o", "mfc": "white"})):
-                line = table[plain & (table["labels"] == share) & (table["scored"] == scored)].sort_values("w")
-                left.errorbar(line["w"], line["mean"], line["se"], ms=3, lw=1, color=colour, capsize=2, **style,
-                              label=f"{percent(share)} of labels, {'test' if scored == 'test' else 'validation'}")
+                line = table[plain & (table["labels"] == share) & (table["scored"] == scored)]
+                _curve(left, line, "w", bars=True, color=colour, **style,
+                       label=f"{percent(share)} of labels, {'test' if scored == 'test' else 'validation'}")
         scarce = table[(table["labels"] == shares[-1]) & (table["scored"] == "test")]
         ends = scarce[scarce["w"] == 1]
-        targets = scarce.groupby("target", sort=False)
-        for (target, part), colour, marker in zip(targets, ("#D55E00", "#009E73"), "o^"):
-            line = pd.concat([part, ends]).drop_duplicates(["w"]).sort_values("w")
-            right.plot(line["w"], line["mean"], color=colour, marker=marker, ms=3, lw=1, label=target)
+        for (target, part), look in zip(scarce.groupby("target", sort=False), ("o-", "^--")):
+            line = pd.concat([part, ends]).drop_duplicates(["w"])
+            _curve(right, line, "w", bars=True, marker=look[0], ls=look[1:], color=SHARES[len(shares) - 1], label=target)
         left.set(title=f"{table['display'].iloc[0]}", ylabel="accuracy (%), SGD probe")
         right.set_title(f"scale of the target, {percent(shares[-1])} of labels")
         right.legend(fontsize=6, title="pixels, reduction", title_fontsize=6)
@@ -375,14 +424,13 @@ def tsne(table: pd.DataFrame) -> Figure:
     """From `points`: a column per network, t-SNE above and PCA below, the same test images everywhere; below each map what
     can be trusted: kNN accuracy of the features, and the map's trustworthiness."""
     methods_, classes = list(dict.fromkeys(table["method"])), table.groupby("label")["class"].first()
-    colours = plt.get_cmap("tab20")(np.linspace(0, 1, 20))[[0, 2, 4, 6, 8, 10, 12, 14, 16, 18, *range(1, 20, 2)]]
     with _figure(1.55 * len(methods_) + 0.2, 3.9) as fig:
         axes = fig.subplots(2, len(methods_), squeeze=False)
         for (row, column), ax in np.ndenumerate(axes):
             part = table[(table["method"] == methods_[column]) & (table["map"] == ("tsne", "pca")[row])]
             for label, name in classes.items():
                 own = part[part["label"] == label]
-                ax.scatter(own["x"], own["y"], s=2, lw=0, color=colours[label % 20], label=name, rasterized=True)
+                ax.scatter(own["x"], own["y"], s=2, lw=0, color=CLASSES[label % 20], label=name, rasterized=True)
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f"kNN {part['knn'].iloc[0]:.1f} %\ntrustworthiness {part['trustworthiness'].iloc[0]:.2f}", fontsize=6)
             if row == 0:
@@ -414,7 +462,7 @@ def neighbours(record: dict[str, Any]) -> Figure:
             ax.imshow(shown[row][column].permute(1, 2, 0), interpolation="nearest")
             good = column and right[row, column - 1]
             ax.set(xticks=[], yticks=[])
-            ax.spines[:].set(visible=column > 0, color="#0072B2" if good else "#D55E00", lw=1.6, ls="-" if good else "--")
+            ax.spines[:].set(visible=column > 0, color=INK, lw=1.6, ls="-" if good else "--")
         axes[0, 0].set_title("query", fontsize=6)
         fig.suptitle(f"{NAMES[run.method]}: {100 * right.mean():.0f} % of the neighbours of the query's class\n"
                      f"images: {record['data']['display']}", fontsize=7)
@@ -423,17 +471,20 @@ def neighbours(record: dict[str, Any]) -> Figure:
 
 def five_axes(table: pd.DataFrame) -> Figure:
     """AMDIM, CPC and YADIM from `summary`, a row per method and axis: every choice with its accuracy, the method's own
-    filled, under them the spread, which the paper's claim is about; a tick for the untrained network of the own encoder."""
+    filled, one of fewer seeds small; under them the spread of the others, which the paper's claim is about; a tick for the
+    untrained network of the own encoder."""
     table = table.fillna({"varied": ""})
     rows = [(m, axis, part) for m in ("yadim", "amdim", "cpc_v2") for axis, part in published.choices(table, m)]
     with _figure(7.2, 0.5 * len(rows) + 0.9) as fig:
         ax, bare = fig.subplots(), _untrained(table)
         for y, (m, axis, part) in enumerate(rows):
             own = methods.METHODS[m].own
-            ax.plot(part["mean"].agg(["min", "max"]), (y, y), color=COLOURS[m], lw=6, alpha=0.15, solid_capstyle="butt")
+            ends = part["mean"][joined(part)].agg(["min", "max"])
+            ax.plot(ends, (y, y), color=COLOURS[m], lw=6, alpha=0.15, solid_capstyle="butt")
             ax.plot(bare[m], y, "|", ms=16, color=COLOURS["untrained"], label="Untrained encoder" if y == 0 else None)
             for k, p in enumerate(part.sort_values("mean").itertuples()):
-                ax.errorbar(p.mean, y, xerr=p.se, color=COLOURS[m], marker=MARKERS[m], ms=5, mfc=None if p.own else "white")
+                ax.errorbar(p.mean, y, xerr=p.se, color=COLOURS[m], marker=MARKERS[m], ms=5 if p.n == part["n"].max() else 2,
+                            mfc=None if p.own else "white")
                 name = own[axis] if p.own else p.choice if len(p.choice) < 18 else "as bolts counts"
                 ax.annotate(name, (p.mean, y), (0, (4, -10, 10, -16)[k % 4]), textcoords="offset points", ha="center",
                             fontsize=5.5, bbox={"fc": "white", "ec": "none", "pad": 0.4})
@@ -453,8 +504,9 @@ def _untrained(table: pd.DataFrame) -> dict[str, float]:
 
 def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Every method by its own choices: accuracy, kNN, logistic regression on its `untrained` network, `seconds` of training
-    per 1,000 images on the machine that trained most of the runs, since seconds of two machines do not compare, the collapse
-    gauge z_std (1 / sqrt(D) is healthy, 0 collapsed) and `train.cost`.
+    per 1,000 images on the one machine that trained most of the runs, `timed_on`, since seconds of two machines do not
+    compare (empty for a method that it did not train), the collapse gauge z_std (1 / sqrt(D) is healthy, 0 collapsed) and
+    `train.cost`, which no machine changes.
 
     records: of runs and of evaluations; costs: by method."""
     table = summary(evaluations([r for r in records if "kind" in r]))
@@ -468,18 +520,20 @@ def side_by_side(records: Sequence[dict[str, Any]], costs: dict[str, dict[str, f
                           "seconds": 1000 * r["seconds"] / r["images"] if there == most else np.nan}
                          for r, there in zip(trained, where)]).groupby("method").mean()  # fmt: skip
     wide = wide.reset_index().merge(took, "left", "method").join(pd.DataFrame(costs).T, "method")
-    return wide.assign(untrained=wide["method"].map(bare))
+    return wide.assign(untrained=wide["method"].map(bare), timed_on=np.where(wide["seconds"].notna(), most, "not timed there"))
 
 
 def accuracy_vs_cost(table: pd.DataFrame) -> Figure:
-    """`side_by_side` as a picture: logistic regression against seconds per 1,000 images seen, over a line from untrained."""
+    """`side_by_side` as a picture: logistic regression against the arithmetic of training, over a line from untrained.
+    Seconds would be of the machine too, and names of machines do not say enough of it to set two times on one axis."""
     with _figure(6.4, 3.6) as fig:
         ax = fig.subplots()
         for r in table.itertuples():
-            ax.vlines(r.seconds, r.untrained, r.logistic, color=COLOURS[r.method], lw=0.8)
-            ax.plot(r.seconds, r.untrained, "_", color=COLOURS["untrained"], label="Untrained")
-            ax.plot(r.seconds, r.logistic, MARKERS.get(r.method, "o"), ls="", color=COLOURS[r.method], label=NAMES[r.method])
-        ax.set(xscale="log", xlabel="seconds of training per 1,000 images", ylabel=f"test accuracy (%), {PROBES['logistic']}",
+            ax.vlines(r.gflop, r.untrained, r.logistic, color=COLOURS[r.method], lw=0.8)
+            ax.plot(r.gflop, r.untrained, "_", color=COLOURS["untrained"], label="Untrained")
+            ax.plot(r.gflop, r.logistic, MARKERS.get(r.method, "o"), ls="", color=COLOURS[r.method], label=NAMES[r.method])
+        ax.set(xscale="log", xlabel="arithmetic of training, forward and backward (GFLOP per image)",
+               ylabel=f"test accuracy (%), {PROBES['logistic']}",
                title=f"Equal images seen, {table['display'].iloc[0]}")
         ax.xaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
         handles = {h.get_label(): h for h in ax.get_legend_handles_labels()[0]}
@@ -492,12 +546,8 @@ def your_own_images(table: pd.DataFrame) -> Figure:
     with _figure(4.4, 2.9) as fig:
         ax = fig.subplots()
         for method, name in {m: n for m, n in NAMES.items() if m in set(table["method"])}.items():
-            line = table[table["method"] == method].sort_values("n_train")
-            style = {"supervised": "--", "untrained": ":"}.get(method, "-")
-            ax.plot(line["n_train"], line["mean"], ls=style, marker=MARKERS.get(method), ms=3, lw=1.2,
-                    color=COLOURS[method], label=name)
-            ax.fill_between(line["n_train"], line["mean"] - line["se"], line["mean"] + line["se"],
-                            color=COLOURS[method], alpha=0.15, lw=0)
+            _curve(ax, table[table["method"] == method], "n_train", ls={"supervised": "--", "untrained": ":"}.get(method, "-"),
+                   marker=MARKERS.get(method), color=COLOURS[method], label=name)
         ax.set_xscale("log")
         ticks = sorted(set(table["n_train"]))
         ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -561,10 +611,10 @@ def diagnose(record: dict[str, Any]) -> Figure:
         for ax, names, title in zip(axes, (terms, ["z_std"], ["rank"], gradients, ["lr"], ["knn"]), (
                 "loss and its terms", "spread of the projection, z_std", "effective rank of the projection",
                 "gradient norm at the epoch's end", "learning rate", "nearest neighbour of the same class (%)")):  # fmt: skip
-            for name in (n for n in names if n in epochs):
-                line = epochs[name].dropna()
-                ax.plot(line.index, line, marker=".", ms=3, lw=1, color=PARTS.get(name.removeprefix("grad_")),
-                        label=name.removeprefix("grad_"))
+            for k, name in enumerate(n for n in names if n in epochs):
+                line, shown = epochs[name].dropna(), name.removeprefix("grad_")
+                ax.plot(line.index, line, marker=".", ms=3, lw=1, color=PARTS.get(shown, COLOURS[config.method]),
+                        ls=("-", "--", ":", "-.")[k % 4], label=shown)
             ax.set_title(title)
             ax.set_xlabel("epoch")
             ax.xaxis.get_major_locator().set_params(integer=True)
@@ -613,17 +663,16 @@ def live(seconds: float = 5.0) -> Iterator[None]:
 
 def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.DataFrame:
     """What pairs add: accuracy less that with the pairs `base` of the same method, seed, evaluation and epoch, in points:
-    mean over n seeds, and its 95 % interval low to high, paired by seed (infinite for one seed)."""
+    mean over n seeds, and its 95 % interval low to high over seeds, paired, and test images (infinite for one seed)."""
     frame = evaluations(records)
     runs = [RunConfig.from_dict(r["config"]["run"]) for r in records]
     frame["method"], frame["pairs"], frame["count"] = zip(*((c.method, c.pairs, c.pair_count) for c in runs))
-    by = ["data", "display", "method", "kind", "labels", "of", "epoch", "seed"]
-    own = frame[frame["pairs"] == base].set_index(by)["accuracy"].rename("own")
-    rest, rows = frame[frame["pairs"] != base].join(own, on=by, how="inner"), []
-    for key, part in rest.groupby([*by[1:-1], "pairs", "count"], sort=False):
-        gain, low, high = published.interval(part["accuracy"] - part["own"])
-        rows.append((*key, gain, low, high, len(part), distinct(part["hardware"])))
-    return pd.DataFrame(rows, columns=[*by[1:-1], "pairs", "count", "gain", "low", "high", "n", "hardware"])
+    by, rows = ["display", "method", "kind", "labels", "of", "epoch"], []
+    for key, part in frame[frame["pairs"] != base].groupby([*by, "pairs", "count"], sort=False):
+        gain = published.between(part, published.where(frame, {**dict(zip(by, key)), "pairs": base}))
+        if len(gain):
+            rows.append((*key, *gain.interval(), len(gain), distinct(part["hardware"])))
+    return pd.DataFrame(rows, columns=[*by, "pairs", "count", "gain", "low", "high", "n", "hardware"])
 
 
 def pair_answer(records: Sequence[dict[str, Any]], method: str = "sidae", kind: str = "logistic") -> str:
@@ -635,7 +684,7 @@ def pair_answer(records: Sequence[dict[str, Any]], method: str = "sidae", kind: 
         sure = "supported" if r.low > 0 else "contradicted" if r.high < 0 else "undecided"
         return f"{r.gain:+.2f} points ({says}, n = {r['n']})", sure if r["n"] > 2 else "undecided"
 
-    words = {"supported": "help", "contradicted": "harm", "undecided": "make no difference that these seeds can show"}
+    words = {"supported": "help", "contradicted": "harm", "undecided": "are not told apart from none"}
     (mined, helps), (oracle, best), (semantics, matter) = of("mined"), of("oracle"), of("mined", "random")
     return (f"{NAMES[method]}, {PROBES[kind]}: mined pairs {words[helps]}, {mined}. Pairs chosen by label {words[best]}, "
             f"{oracle}. As many random images: {of('random')[0]}; wrong pairs: {of('wrong')[0]}. That it is the semantics, "
@@ -655,7 +704,7 @@ def semantic_pairs(table: pd.DataFrame) -> Figure:
                 half = (own["high"] - own["gain"]).replace(np.inf, np.nan)
                 ax.errorbar(x, own["gain"], half, fmt=MARKERS[method], ms=4, lw=1, color=COLOURS[method],
                             label=NAMES[method])  # fmt: skip
-            ax.axhline(0, color="#444444", lw=0.8)
+            ax.axhline(0, color=INK, lw=0.8)
             ax.set_xticks(range(4), kinds)
             ax.set(title=f"{part['display'].iloc[0]}, {PROBES[kind]}", xlim=(-0.5, 3.5), xlabel="pairs")
         axes[0].set_ylabel("gain over no pairs (points),\nbars: 95 % interval")
@@ -699,9 +748,7 @@ def pair_accuracy(table: pd.DataFrame) -> Figure:
     with _figure(6.6, 3.8) as fig:
         for ax, panel in zip(fig.subplots(1, 2, sharey=True), ("pairs per image", "epoch")):
             for (series, colour, line), own in table[table["panel"] == panel].groupby(["series", "colour", "line"], sort=False):
-                dot = "." if len(own) < 20 else ""
-                ax.plot(own["x"], own["accuracy"], line, marker=dot, lw=1.2, color=colour, label=series)
-                ax.fill_between(own["x"], own["low"], own["high"], color=colour, alpha=0.15, lw=0)
+                _curve(ax, own, "x", "accuracy", ls=line, marker="o" if len(own) < 20 else "", color=colour, label=series)
             ax.set(xlabel=panel, xscale="log" if panel == "pairs per image" else "linear", ylim=(0, 102))
             ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
         fig.axes[0].set(ylabel="pairs of one class (%)", title="More pairs, lower threshold")
@@ -742,27 +789,27 @@ def _flow(ax: plt.Axes, config: RunConfig, title: str) -> None:
     arrows = [("x", "x1"), ("x", "x2")]
     for i, x in ((1, 0), (2, 2)):
         boxes |= {f"x{i}": (x, 1, f"view $x_{i} = a_{i}(x)$\n{image}", "#F0F0F0"),
-                  f"f{i}": (x, 2.1, encoder, "#FBE3D6"),
-                  f"z{i}": (x, 3.2, f"$z_{i}$\n{z}", "#FFF7BC")}
+                  f"f{i}": (x, 2.1, encoder, PARTS["backbone"] + "30"),
+                  f"z{i}": (x, 3.2, f"$z_{i}$\n{z}", "white")}
         arrows += [(f"x{i}", f"f{i}"), (f"f{i}", f"z{i}")]
         if "decoder" in part.index:
             side = -1.5 if i == 1 else 3.5
-            boxes |= {f"g{i}": (side, 3.2, f"decoder $g$\n{part['size']['decoder']:,} par.", "#D5F0E6"),
+            boxes |= {f"g{i}": (side, 3.2, f"decoder $g$\n{part['size']['decoder']:,} par.", PARTS["decoder"] + "AA"),
                       f"r{i}": (side, 4.2, f"$\\hat{{x}}_{i}$\n{part.output['decoder']}", "#F0F0F0"),
                       f"e{i}": (side, 5.2, f"MSE($\\hat{{x}}_{i}$, $x$)", "white")}
             arrows += [(f"z{i}", f"g{i}"), (f"g{i}", f"r{i}"), (f"r{i}", f"e{i}")]
-    boxes |= {"h": (0, 4.2, f"predictor $h$\n{part['size']['predictor']:,} par.", "#D6E6F5"),
-              "p1": (0, 5.2, f"$p_1$\n{part.output['predictor']}", "#FFF7BC"),
+    boxes |= {"h": (0, 4.2, f"predictor $h$\n{part['size']['predictor']:,} par.", PARTS["predictor"] + "30"),
+              "p1": (0, 5.2, f"$p_1$\n{part.output['predictor']}", "white"),
               "D": (1, 6.1, r"$D(p_1, \mathrm{sg}(z_2))$", "white")}
     arrows += [("z1", "h"), ("h", "p1"), ("p1", "D")]
     drawn = {k: ax.text(x, y, text, ha="center", va="center", fontsize=6.5,
                         bbox={"boxstyle": "round,pad=0.35", "fc": colour, "ec": "#333333", "lw": 0.7})
              for k, (x, y, text, colour) in boxes.items()}
     for a, b in [*arrows, ("z2", "D")]:
-        style = {"ls": "--", "color": "#B00000"} if (a, b) == ("z2", "D") else {}
+        style = {"ls": "--", "color": INK} if (a, b) == ("z2", "D") else {}
         patches = {"patchA": drawn[a].get_bbox_patch(), "patchB": drawn[b].get_bbox_patch()}
         ax.annotate("", boxes[b][:2], boxes[a][:2], arrowprops={"arrowstyle": "->", "lw": 0.8, **patches, **style})
-    ax.text(1.65, 4.9, "stop-gradient", color="#B00000", fontsize=6.5)
+    ax.text(1.65, 4.9, "stop-gradient", color=INK, fontsize=6.5)
     left, right = (-2.1, 4.1) if "decoder" in part.index else (-0.7, 2.7)
     ax.set(xlim=(left, right), ylim=(-0.5, 6.4), title=title)
     ax.axis("off")

@@ -528,7 +528,10 @@ def unstrip(text: str) -> Tensor:
 
 
 def cost(config: RunConfig, images: Images) -> dict[str, float]:
-    """What one step of a run takes: `parameters` trained, and `mib` that it keeps for its way back, weights left out."""
+    """What one step of a run takes: `parameters` trained, `mib` that it keeps for its way back, weights left out, and `gflop`
+    per image, the multiplications and additions of its convolutions and matrix products, forward and backward, views too."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     run, kept = Run(config, images, torch.device("cpu")), {}
     run.set_mode("eager")
     weights = [p for p in run.method.parameters() if p.requires_grad]
@@ -539,9 +542,13 @@ def cost(config: RunConfig, images: Images) -> dict[str, float]:
         kept.update({} if s.data_ptr() in own else {s.data_ptr(): s.nbytes()})
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run.forward(*run.samples(run.draw(0), slice(*run.bounds[0])))
-    return {"parameters": sum(p.numel() for p in weights), "mib": round(sum(kept.values()) / 2**20, 1)}
+    batch = slice(*run.bounds[0])
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out, _ = run.forward(*run.samples(run.draw(0), batch))
+        out["loss"].backward()
+    return {"parameters": sum(p.numel() for p in weights), "mib": round(sum(kept.values()) / 2**20, 1),
+            "gflop": round(counter.get_total_flops() / 1e9 / (batch.stop - batch.start), 5)}
 
 
 def goes_on(segments: list[dict[str, Any]], device: torch.device, name: str) -> bool:

@@ -148,6 +148,19 @@ def test_the_pages_results_are_the_committed_tables(benchmarks):
     assert f"| laptop's network, whole pipeline, images/s | 1,000 | {rate:,.0f} |" in text
 
 
+def test_a_table_of_times_is_of_one_machine(benchmarks, tmp_path):
+    """A CSV that two machines wrote into makes two tables, and a target is compared with the rows of one."""
+    from benchmarks import report
+
+    where = {"cores": 2, "threads": 2, "torch": "x"}
+    rows = [{"what": what, "at": 50_000, "median": s, "hardware": h, **where}
+            for h, s, kinds in (("B", 1.0, ["exact"]), ("A", 30.0, ["exact", "index"])) for what in kinds]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "pairs.csv", index=False)
+    text = report.report(tmp_path)
+    assert text.count("### `pairs` (A, 2 cores, 2 threads, torch x)") == text.count("### `pairs` (B, 2 cores,") == 1
+    assert "| all pairs among 50,000 images, s | at most 60 | 30 |" in text
+
+
 def test_hours_of_the_whole_paper(benchmarks):
     """One run of SidAE on CIFAR-10 is 200 x 50,000 images; five seeds of it and eighteen more configurations are counted."""
     from benchmarks import report
@@ -167,7 +180,7 @@ def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
             c = EvalConfig(run=experiments.run("untrained", "digits", "smoke", seed=n), label_seed=int((store, n) == ("b", 2)))
             runs.keep(c, {
                 "config": c.to_dict(), "run_key": c.run.key(), "key": c.key(), "epoch": 0, "kind": "linear", "n_train": 1437,
-                "data": {"name": "digits", "display": "digits"}, "accuracy": value,
+                "n_test": 360, "data": {"name": "digits", "display": "digits"}, "accuracy": value,
                 "provenance": {"device": device, "threads": 1}})  # fmt: skip
     [row] = devices.compare(tmp_path / "a", tmp_path / "b").to_dict("records")
     assert row == {"what": "linear, accuracy", "unit": "points", "median": (0.25 + 1.0) / 2, "largest": 1.0, "n": 2,

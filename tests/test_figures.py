@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex, to_rgb
 
-from sidae_lib import experiments, figures, paths, runs
+from sidae_lib import experiments, figures, paths, published, runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -129,3 +130,158 @@ def test_a_saved_chart_holds_its_axis_labels(tmp_path, monkeypatch):
     fig = figures.save(figures.semantic_pairs(table), "semantic_pairs", "laptop", table)
     with plt.rc_context(figures.STYLE):
         assert fig.axes[0].get_tightbbox().x0 >= 0
+
+
+# --- what a figure may not do ---------------------------------------------------------------------------------------
+
+
+def recorded(name: str) -> pd.DataFrame:
+    return pd.read_csv(paths.ROOT / "figures" / "laptop" / f"{name}.csv")
+
+
+def fewer(table: pd.DataFrame, where: pd.Series) -> pd.DataFrame:
+    """The table with one seed in these rows."""
+    return table.assign(n=table["n"].where(~where, 1))
+
+
+CURVES = {  # figure -> its table, with points of several n in one curve; where their means are drawn, and their column
+    "accuracy_vs_epochs": (fewer(t := recorded("accuracy_vs_epochs"), t["epoch"].isin([22, 26])), 1, "mean"),
+    "w_sweep": (recorded("w_sweep"), 1, "mean"),
+    "pair_accuracy": (recorded("semantic_pairs_accuracy"), 1, "accuracy"),
+    "your_own_images": (pd.DataFrame({"method": "sidae", "n_train": [10, 20, 40], "mean": [50.0, 60, 70], "se": 1.0,
+                                      "n": [3, 1, 3], "display": "mine"}), 1, "mean"),
+    "five_axes": (fewer(t := recorded("five_axes"), t["varied"].str.contains("extract", na=False)), 0, "mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_points_of_different_n_are_never_joined(name):
+    """Every line of every panel, read back: the points that it joins are means over one number of seeds, and the others are
+    there too, small."""
+    table, axis, column = CURVES[name]
+    of_value = table.groupby(table[column].round(6))["n"].agg(set)
+    joined = small = 0
+    for line in (line for ax in getattr(figures, name)(table).axes for line in ax.lines):
+        values = np.array(line.get_data()[axis], float).round(6)
+        if line.get_linestyle() != "None" and len(values) > 1 and set(values) <= set(of_value.index):
+            assert set.intersection(*of_value[values]), (line.get_label(), values)
+            joined += 1
+        elif line.get_markersize() == 2:
+            assert line.get_linestyle() == "None" or len(values) == 1
+            assert all(1 in of_value[v] for v in values)
+            small += len(values)
+    assert joined and small
+
+
+@pytest.mark.parametrize("of", [65, 200])
+def test_a_published_value_stands_at_its_own_epoch(of):
+    """Table 1, CIFAR-10, 1 %: 51.67, 44.06 and 40.67 at epoch 200, whatever the length of ours; the panel keeps its own."""
+    table = recorded("accuracy_vs_epochs").query("data == 'cifar10' and labels == 0.01")
+    scale = of / 65
+    table = table.assign(epoch=(table["epoch"] * scale).round().astype(int), of=(table["of"] * scale).round().astype(int))
+    (ax,) = figures.accuracy_vs_epochs(table).axes
+    places = [ax, *ax.child_axes]
+    hollow = {line.get_ydata()[0]: line.get_xdata()[0] for at in places for line in at.lines
+              if line.get_markerfacecolor() == "none"}  # fmt: skip
+    assert hollow == {51.67: 200, 44.06: 200, 40.67: 200}
+    assert len(ax.child_axes) == (of < 200) and ax.get_xlim()[1] < of * 1.1
+    for strip in ax.child_axes:
+        assert strip.get_xticks().tolist() == [200] and strip.get_ylim() == ax.get_ylim()
+    (legend,) = ax.figure.legends
+    assert "Published (hollow)" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_choice_by_validation_says_what_it_gave_on_test():
+    """Typed numbers: the best on validation is last on test for scarce labels, first for many."""
+    columns = ["labels", "w", "scored", "mean", "se", "n"]
+    rows = [(1.0, 0.25, "val", 60, 1, 3), (1.0, 0.5, "val", 70, 1, 3), (0.1, 0.25, "val", 50, 1, 3),
+            (0.1, 0.5, "val", 52, 1, 3), (1.0, 0.25, "test", 61, 2, 3), (1.0, 0.5, "test", 71, 3, 3),
+            (0.1, 0.25, "test", 55, 2, 3), (0.1, 0.5, "test", 44, 4, 2)]  # fmt: skip
+    says = figures.by_validation(pd.DataFrame(rows, columns=columns), "w")
+    many, scarce = says.to_numpy().tolist()
+    assert many == [1.0, 0.5, 70, 71, 3, 3, "1 of 2", 0.5, 71] and scarce == [0.1, 0.5, 52, 44, 4, 2, "2 of 2", 0.25, 55]
+    assert list(says) == ["labels", "chosen", "validation", "test", "se", "n", "rank", "best", "best_test"]
+
+
+def test_the_published_sweep_chose_the_w_that_is_last_on_test():
+    table = recorded("w_sweep")
+    inside = table[(table["method"] == "sidae") & (table["target"] == "standardised, mean")]
+    scarce = figures.by_validation(inside, "w").set_index("labels").loc[0.01]
+    assert scarce["chosen"] == experiments.best_w("laptop") == 0.5
+    assert (scarce["rank"], scarce["best"], scarce["n"]) == ("3 of 3", 0.25, 3)
+
+
+def lab(colour: str) -> np.ndarray:
+    """CIE L*a*b* of an sRGB colour, D65."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(to_xyz @ linear / [0.9505, 1, 1.089])  # no colour here is so dark that its foot matters
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_what_is_no_method_has_no_methods_colour():
+    methods_ = {colour.lower() for colour in figures.COLOURS.values()}
+    others = [*figures.SHARES, *figures.PARTS.values(), *figures.CLASSES, figures.INK]
+    assert len({c.lower() for c in others}) == len(others) and not methods_ & {c.lower() for c in others}
+    for colour in (*figures.SHARES, *figures.PARTS.values()):  # far from every method's
+        assert min(np.linalg.norm(lab(colour) - lab(m)) for m in methods_) > 25, colour
+    for palette in (figures.SHARES, [*figures.PARTS.values()]):  # and apart in lightness, which every eye sees
+        lightness = sorted(lab(c)[0] for c in palette)
+        assert min(b - a for a, b in zip(lightness, lightness[1:])) > 15, palette
+
+
+def test_no_code_of_a_figure_writes_a_methods_colour():
+    """They are written once, in COLOURS; whoever needs one asks for the method's."""
+    sources = [paths.ROOT / "sidae_lib" / "figures.py", *(paths.ROOT / "notebooks").glob("*.ipynb")]
+    for source in sources:
+        text = re.sub(r"\nCOLOURS = \{.*?\}\n", "\n", source.read_text(), flags=re.S)
+        text = re.sub(r'"image/png": "[^"]*"', "", text)
+        found = {c.lower() for c in re.findall(r"#[0-9a-fA-F]{6}\b", text)}
+        assert not found & {c.lower() for c in figures.COLOURS.values()}, source.name
+
+
+@pytest.mark.parametrize("name", ["w_sweep", "structure"])
+def test_artists_of_other_meanings_have_no_methods_colour(name):
+    """A rendered figure whose marks are shares of the labels, targets or parts of the network."""
+    if name == "w_sweep":
+        fig = figures.w_sweep(recorded(name))
+    else:
+        fig = figures.structure(figures.layers(experiments.sidae_step_by_step("smoke")[0][0]))
+    drawn = {to_hex(line.get_color()) for ax in fig.axes for line in ax.lines}
+    drawn |= {to_hex(bar.get_facecolor()) for ax in fig.axes for bar in ax.patches}
+    assert len(drawn) > 1 and not drawn & {c.lower() for c in figures.COLOURS.values()}
+
+
+def test_times_of_different_machines_are_not_compared():
+    """The cost's axis is arithmetic; seconds stand in the table, of one machine, which the row names."""
+    side = recorded("five_axes_cost").assign(gflop=lambda t: np.linspace(0.1, 1, len(t)), seconds=1.0)
+    ax = figures.accuracy_vs_cost(side).axes[0]
+    assert "GFLOP" in ax.get_xlabel() and "second" not in ax.get_xlabel()
+    marks = [line.get_xdata()[0] for line in ax.lines if line.get_marker() != "_"]
+    assert marks == side["gflop"].tolist()
+
+
+def test_what_pairs_add_holds_the_test_images():
+    """Of the published records: by seed the same differences, and an interval that is never narrower than that of seeds."""
+    asked = experiments.semantic_pairs("laptop", ["cifar10"])[1]
+    own = [e for e in asked if e.kind == "logistic" and not e.data and e.run.method == "sidae" and e.epoch == e.run.epochs]
+    records = runs.recorded(own)
+    gains = figures.pair_gains(records).set_index("pairs")
+    by = {(r["config"]["run"].get("pairs", "none"), r["config"]["run"].get("seed", 0)): r["accuracy"] for r in records}
+    d = np.array([by["mined", s] - by["none", s] for s in range(3)])
+    half = 4.30265 * d.std(ddof=1) / 3**0.5
+    mined = gains.loc["mined"]
+    assert mined["gain"] == pytest.approx(d.mean()) and mined["n"] == 3
+    assert half < mined["high"] - mined["gain"] < np.hypot(half, 1.96 * 100 * (2 * 0.25 / 10_000) ** 0.5)
+    assert mined["high"] - mined["gain"] == pytest.approx(mined["gain"] - mined["low"])
+
+
+@pytest.mark.parametrize("seeds, images, says", [
+    ([2.0, 2.1, 1.9], 0.0, "+2.00 points (95 % interval +1.75 to +2.25, n = 3): above"),
+    ([2.0, 2.1, 1.9], 2.0, "+2.00 points (95 % interval -1.93 to +5.93, n = 3): not told apart"),
+    ([-2.0, -2.1, -1.9], 0.0, "-2.00 points (95 % interval -2.25 to -1.75, n = 3): below"),
+    ([9.0], 0.0, "+9.00 points (no interval from one seed, n = 1): not told apart"),
+])  # fmt: skip
+def test_a_difference_in_words(seeds, images, says):
+    assert figures.told(published.Difference(pd.Series(seeds), images)) == says

@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -594,6 +595,27 @@ def test_cost_counts_parameters_and_what_a_step_keeps():
     assert large["mib"] == approx(2 * small["mib"], rel=0.1) and small["mib"] > 16 * 4 * 32 * 32 * 4 / 2**20  # one map
 
 
+def test_cost_counts_the_arithmetic_of_a_step():
+    """By hand: two a multiply-add, forward once and backward twice, of which the image needs none. Per image, so that the
+    batch does not count."""
+    config = RunConfig(method="supervised", data=data.identify("digits"), backbone="small_cnn", augment="none", epochs=1)
+    images = data.by_fingerprint(config.data)
+    method, total, first = train.Run(config, images, torch.device("cpu")).method.eval(), 0, True
+
+    def count(module, x, out):
+        nonlocal total, first
+        taps = module.weight[0].numel() if isinstance(module, torch.nn.Conv2d) else module.in_features
+        total += 2 * taps * out.numel() * (2 if first else 3)
+        first = False
+
+    for module in method.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.register_forward_hook(count)
+    method.loss([torch.zeros(1, 3, 32, 32)], {"labels": torch.zeros(1, dtype=torch.long)})
+    for batch in (32, 64):
+        assert train.cost(config.replace(batch=batch), images)["gflop"] == approx(total / 1e9, abs=5e-6)
+
+
 def test_a_composed_run_trains_is_read_and_is_drawn(store):
     """What the notebook's last cells do, and both figures from the CSV beside them."""
     from sidae_lib import runs
@@ -610,10 +632,15 @@ def test_a_composed_run_trains_is_read_and_is_drawn(store):
     table = figures.summary(figures.evaluations(records[len(wanted):]))
     logistic = table[table["kind"] == "logistic"]
     figures.save(figures.five_axes(logistic), "five_axes", "smoke", logistic)
-    side = figures.side_by_side(records, {"yadim": {"parameters": 5, "mib": 1.5}})
+    costs = {m: {"parameters": 5, "mib": 1.5, "gflop": g} for m, g in (("yadim", 0.5), ("simsiam", 0.1))}
+    side = figures.side_by_side(records, costs)
     figures.save(figures.accuracy_vs_cost(side), "five_axes_cost", "smoke", side)
     slow = records[2] | {"provenance": {"device": "another machine", "threads": 1}, "seconds": 1e6}
     assert list(figures.side_by_side([*records, slow], {})["seconds"]) == list(side["seconds"])
+    elsewhere = [slow if r is records[2] else r for r in records]  # SimSiam was trained on another machine alone
+    timed = figures.side_by_side(elsewhere, {}).set_index("method")
+    assert np.isnan(timed.loc["simsiam", "seconds"]) and timed.loc["simsiam", "timed_on"] == "not timed there"
+    assert timed.loc["yadim", "timed_on"] == figures.hardware(records[0]["provenance"])
     assert set(side["method"]) == {"yadim", "simsiam"} and side.set_index("method").loc["yadim", "untrained"] > 0
     for name, draw in (("five_axes", figures.five_axes), ("five_axes_cost", figures.accuracy_vs_cost)):
         again = draw(pd.read_csv(store / "figures" / "smoke" / f"{name}.csv")).axes[0]

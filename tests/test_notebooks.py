@@ -187,3 +187,23 @@ def test_the_reports_chart_shows_our_means():
     marks, level = ax.lines
     assert marks.get_xydata().tolist() == [[1.1, 60], [0.1, 50]] and level.get_ydata()[0] == 60
     assert [bar.tolist() for bar in ax.containers[0][2][0].get_segments()] == [[[1.1, 59], [1.1, 61]], [[0.1, 48], [0.1, 52]]]
+
+
+def test_what_a_histogram_draws_adds_up_to_its_pairs():
+    """Notebook 07, of the published numbers: the heights of the bars that are drawn, read back from their outline."""
+    hist = pd.read_csv(ROOT / "figures" / "laptop" / "pairwise_vs_triplet_pairs.csv")
+    steps = cell(7, "def steps", COLOURS=figures.COLOURS)["steps"]
+    for _, rows in hist.groupby("panel"):
+        ax = plt.figure().subplots()
+        steps(ax, rows)
+        plt.close(ax.figure)
+        (panel,) = {tuple(sorted(set(rows["classes"])))}
+        assert tuple(sorted(patch.get_label() for patch in ax.patches)) == panel == ("different class", "same class")
+        for patch in ax.patches:
+            own = rows[rows["classes"] == patch.get_label()]
+            heights = [patch.get_path().vertices[patch.get_path().vertices[:, 0] == x, 1].max() for x in own["to"]]
+            values, edges, _ = patch.get_data()
+            assert sum(values) == pytest.approx(1) and edges.tolist() == [own["from"].iloc[0], *own["to"]]
+            assert heights[-1] == pytest.approx(own["share"].iloc[-1])  # the last bar reaches the last edge
+    last = hist[hist["panel"].str.contains("MNIST\npairwise: cosine", regex=False)].groupby("classes")["share"].last()
+    assert last.round(2).to_dict() == {"different class": 0.69, "same class": 0.79}
