@@ -51,7 +51,9 @@ MUTANTS = [Mutant(*m) for m in (
      "losses.info_nce(sim / self.config.tau, key,", "losses.info_nce(sim / self.config.tau**2, key,",
      "tests/test_contrastive.py"),
     ("methods.momentum", "sidae_lib/methods/base.py",
-     "get_ema_multi_avg_fn(m)", "get_ema_multi_avg_fn(1 - m)", "tests/test_siamese.py"),
+     "get_ema_multi_avg_fn(m)", "get_ema_multi_avg_fn(1 - m)", "tests/test_three_steps.py"),
+    ("methods.step_ahead", "sidae_lib/methods/base.py",
+     "(step - 1) / steps", "step / steps", "tests/test_three_steps.py"),
     # FNC finds them and removes none
     ("methods.false_negatives", "sidae_lib/methods/contrastive.py",
      "(own, drop | found)", "(own, drop)", "tests/test_contrastive.py"),
@@ -118,7 +120,11 @@ MUTANTS = [Mutant(*m) for m in (
      "tests/test_metric.py::test_histograms_are_counts_over_all_pairs"),
 
     ("claims.too_few", "sidae_lib/published.py",
-     "if len(differences) < 3:", "if len(differences) < 2:", "tests/test_published.py"),
+     "SEEDS = 3  #", "SEEDS = 2  #", "tests/test_published.py"),
+    ("claims.test_images", "sidae_lib/published.py",
+     "stats.norm.isf(alpha / 2) * self.images", "0 * self.images", "tests/test_published.py::test_an_interval_holds_seeds_and_test_images"),
+    ("claims.uncorrected", "sidae_lib/published.py",
+     "alpha / (len(p) - k)", "alpha", "tests/test_published.py::test_holm_is_the_step_down_procedure"),
     ("claims.direction", "sidae_lib/published.py",
      '{"method": "dae"}, {"method": "simsiam"})', '{"method": "simsiam"}, {"method": "dae"})',
      "tests/test_published.py tests/test_readme.py"),
