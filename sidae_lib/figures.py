@@ -489,7 +489,7 @@ def five_axes(table: pd.DataFrame) -> Figure:
                 ax.annotate(name, (p.mean, y), (0, (4, -10, 10, -16)[k % 4]), textcoords="offset points", ha="center",
                             fontsize=5.5, bbox={"fc": "white", "ec": "none", "pad": 0.4})
         ax.set_yticks(range(len(rows)), [f"{NAMES[m]}: {axis}" for m, axis, _ in rows])
-        ax.set(xlabel=f"test accuracy (%), {PROBES[table['kind'].iloc[0]]}", ylim=(len(rows) - 0.4, -0.6),
+        ax.set(xlabel=f"test accuracy (%), {PROBES[table['kind'].iloc[0]]}", ylim=(len(rows) - 0.25, -0.6),
                title=f"One choice changed at a time, {table['display'].iloc[0]}")
         ax.margins(x=0.08)
         fig.legend(loc="outside upper right")
