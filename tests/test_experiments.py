@@ -54,8 +54,9 @@ def test_the_lead_is_against_the_better_of_the_two():
     evals = experiments.hypotheses("laptop", ["cifar10"], [0, 1])["none"]
     values = iter((50.0, 40.0, 45.0, 60.0, 70.0, 30.0, 50.0, 39.0, 44.0, 60.0, 69.0, 29.0))
     made = {"display": "CIFAR-10", "name": "cifar10"}
-    records = [{"config": e.to_dict(), "data": made, "epoch": 65, "kind": "linear", "n_train": 500, "accuracy": next(values),
-                "run_key": e.run.key(), "provenance": {"device": "x", "threads": 1}} for e in evals]  # fmt: skip
+    records = [{"config": e.to_dict(), "data": made, "epoch": 65, "kind": "linear", "n_train": 500, "n_test": 10_000,
+                "accuracy": next(values), "run_key": e.run.key(),
+                "provenance": {"device": "x", "threads": 1}} for e in evals]  # fmt: skip
     row, scarce = figures.order({"none": records}).to_dict("records")
     assert (row["labels"], scarce["labels"], scarce["lead"]) == (0.1, 0.01, -1.5)
     assert (row["sidae"], row["simsiam"], row["dae"], row["n"], row["lead"]) == (55, 55, 37.5, 2, -2.5)

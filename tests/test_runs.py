@@ -270,7 +270,7 @@ def test_ten_thousand_records_to_a_table(store):
             e = EvalConfig(run=config, label_seed=n)
             record = {"config": e.to_dict(), "key": e.key(), "run_key": config.key(), "epoch": 200, "kind": "linear",
                       "data": {"name": "x", "display": "X"}, "accuracy": 50.0, "per_class": [50.0] * 10, "n_train": 1,
-                      "confusion": [[1] * 10] * 10, "provenance": {"device": "cpu", "threads": 2}}  # fmt: skip
+                      "n_test": 1, "confusion": [[1] * 10] * 10, "provenance": {"device": "cpu", "threads": 2}}  # fmt: skip
             (folder / f"eval-{e.key()}.json").write_text(json.dumps(record))
     began = time.perf_counter()
     assert len(figures.evaluations(list(runs.every("eval-*")))) == 10_000
