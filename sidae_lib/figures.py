@@ -880,7 +880,7 @@ def panels(table: pd.DataFrame, draw: Callable[[plt.Axes, pd.DataFrame], Any], c
     with _figure(size * columns, size * -(-len(groups) // columns) + 0.4) as fig:
         axes = fig.subplots(-(-len(groups) // columns), columns, squeeze=False).flatten()
         for ax, (name, rows) in zip(axes, groups):
-            ax.set_title(name)
+            ax.set_title(name, wrap=True)
             draw(ax, rows)
         for ax in axes[len(groups) :]:
             ax.axis("off")
