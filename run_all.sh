@@ -33,7 +33,8 @@ Options of the first form:
   --help, -h               show this text
 
 The environment is made in .venv, once, by python3 (3.11 or newer, with venv), and again when requirements.lock or
-pyproject.toml changes; a .venv that this script did not make is left as it is. An active environment that has the package and its extras is used as it is.
+pyproject.toml changes; a .venv that this script did not make is left as it is. An active environment that has the
+package and its extras is used as it is.
 END_OF_USAGE
 }
 

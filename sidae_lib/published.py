@@ -106,8 +106,9 @@ def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 def _mean(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy by seed, and its standard error by the sampling of test images; several rows are classes of one run."""
-    if (rows.groupby("seed")["run_key"].nunique() > 1).any():
-        raise ValueError("One side of a difference holds two runs of one seed; their mean would be of neither.")
+    if rows.duplicated(["seed", *["metric"] * ("metric" in rows)]).any() or (
+            rows.groupby("seed")["run_key"].nunique() > 1).any():
+        raise ValueError("One side of a difference holds two results of one seed; their mean would be of neither.")
     rows = rows.assign(square=rows["error"] ** 2)
     out = rows.groupby("seed").agg(accuracy=("accuracy", "mean"), square=("square", "sum"), k=("accuracy", "count"))
     return out.assign(error=out["square"] ** 0.5 / out["k"])
@@ -118,14 +119,14 @@ def between(better: pd.DataFrame, worse: pd.DataFrame) -> Difference:
     where it is recorded which were right, else as two binomial samples.
 
     better, worse: rows of `figures.evaluations`, of each seed those of one run; several are its classes, of which the mean
-    counts. Raises ValueError for two runs of a seed.
+    counts. Raises ValueError for two results of a seed.
     """
     a, b = _mean(better), _mean(worse)
     seeds = (a["accuracy"] - b["accuracy"]).dropna()
     rows = [side[side["seed"].isin(seeds.index)].sort_values("seed") for side in (better, worse)]
     if len(seeds) and all(len(side) == len(seeds) and side["right"].all() for side in rows):  # one row a seed, images known
         one, other = (np.stack([how_often_right({"right": r.right}) / r.repeats for r in side.itertuples()]) for side in rows)
-        if one.shape == other.shape:
+        if one.shape == other.shape and {*rows[0]["display"]} == {*rows[1]["display"]}:
             return Difference(seeds, float(100 * (one - other).mean(0).std(ddof=1) / one.shape[1] ** 0.5))
     return Difference(seeds, float(np.hypot(a.loc[seeds.index, "error"].mean(), b.loc[seeds.index, "error"].mean())))
 

@@ -125,8 +125,8 @@ def draw(name: str, table: pd.DataFrame):
         table, *kind)
 
 
-@pytest.mark.parametrize("name", ["accuracy_vs_epochs", "w_sweep", "datasets_table", "fine_tuning", "tsne",
-                                  pytest.param("stl_transfer", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("name", ["accuracy_vs_epochs", "w_sweep", "fine_tuning", "tsne", *(
+    pytest.param(n, marks=pytest.mark.slow) for n in ("datasets_table", "stl_transfer"))])  # fmt: skip
 def test_a_chart_is_drawn_again_from_its_csv(name, trained):
     configs, evals = getattr(experiments, name)("smoke", *([["digits"]] if name != "stl_transfer" else []))
     records = runs.fetch_all(evals, log=lambda _: None)

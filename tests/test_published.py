@@ -118,9 +118,12 @@ def test_test_images_enter_paired_where_it_is_known_which_were_right():
     assert d.images == pytest.approx(1.5 * 2**0.5)
 
 
-def test_one_side_is_never_the_mean_of_two_runs():
+def test_one_side_is_never_the_mean_of_two_results():
     rows = [row("sidae", 0, 50.0), row("sidae", 0, 60.0, of=4, epoch=4), row("dae", 0, 40.0)]
-    with pytest.raises(ValueError, match="two runs of one seed"):
+    with pytest.raises(ValueError, match="two results of one seed"):
+        published.difference(pd.DataFrame(rows), {"method": "sidae"}, {"method": "dae"})
+    rows[1] = rows[0] | {"kind": "knn", "accuracy": 60.0}  # nor of two evaluations of one run
+    with pytest.raises(ValueError, match="two results of one seed"):
         published.difference(pd.DataFrame(rows), {"method": "sidae"}, {"method": "dae"})
 
 
@@ -360,5 +363,5 @@ def test_no_claim_is_moved_by_a_run_that_its_figure_did_not_ask_for(store, monke
         k for r in put for k, v in r["config"]["run"].items() if v != e.run.to_dict().get(k)}
     pd.testing.assert_frame_equal(board(), before)
     mixed = [r for r in put if r["config"]["run"].get("pool") != e.run.pool]
-    with pytest.raises(ValueError, match="two runs of one seed"):  # were they read, it would not stay so
+    with pytest.raises(ValueError, match="two results of one seed"):  # were they read, it would not stay so
         figures.scoreboard({"accuracy_vs_epochs": runs.recorded(asked["accuracy_vs_epochs"]) + mixed}, "laptop")
