@@ -129,6 +129,7 @@ def test_python_too_old(scripts, bare, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path):
     shim(tmp_path / "shims", "python3", "exit 1")  # too old again, but a newer one stands beside it
     shim(tmp_path / "shims", "python3.12", f'exec "{sys.executable}" "$@"')
@@ -197,6 +198,7 @@ def test_a_stale_venv_of_its_own_is_made_anew(scripts, stub, tmp_path, left):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_second_call_waits_for_the_first(scripts, bare):
     with (scripts / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -260,6 +262,7 @@ def test_the_last_line_says_what_ran_and_why_it_failed(suite):
     assert "notebooks" not in narrowed.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("timeout"), reason="no timeout(1) here")
 def test_test_fails_after_an_hour(suite, tmp_path):
     folder, env = suite
