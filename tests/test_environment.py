@@ -129,7 +129,6 @@ def test_python_too_old(scripts, bare, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path):
     shim(tmp_path / "shims", "python3", "exit 1")  # too old again, but a newer one stands beside it
     shim(tmp_path / "shims", "python3.12", f'exec "{sys.executable}" "$@"')
@@ -197,7 +196,6 @@ def test_a_stale_venv_of_its_own_is_made_anew(scripts, stub, tmp_path, left):
         assert files(venv) == {"made.by": b"run_all.sh\n"} and files(outside) == kept
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_second_call_waits_for_the_first(scripts, bare):
     with (scripts / ".venv.lock").open("w") as lock:

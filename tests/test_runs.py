@@ -185,6 +185,7 @@ def _fetch(config: dict) -> str:
     return " ".join(log)
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_once(config):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         logs = pool.map(_fetch, [config.to_dict()] * 2, chunksize=1)
