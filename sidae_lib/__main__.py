@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import evaluate, experiments, figures, methods, paths, runs, train, verify
+from . import evaluate, experiments, figures, methods, paths, published, runs, train, verify
 from .config import EvalConfig, RunConfig, SidaeError, above_zero
-from .published import claims
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -59,7 +58,7 @@ def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:
 
 def _kind(device: str) -> str:
     """What recorded times are taken from, for `device`."""
-    return "a GPU" if device == "cuda" or train.device_of(device).type == "cuda" else "a CPU"
+    return "a GPU" if runs.on_gpu(device) else "a CPU"
 
 
 def _plan(configs: list[runs.Config], hours: float, rate: float | None, device: str) -> None:
@@ -125,12 +124,12 @@ def _verify(args: argparse.Namespace) -> int:
 
 def readme(text: str) -> str:
     """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
-    published = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
+    recorded = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
     names = [figures.variant(m, 0.5, a) for m, a in (("sidae", ""), ("simsiam", ""), ("dae", ""), ("untrained", ""),
                                                      ("supervised", "none"), ("supervised", "augmented"))]  # fmt: skip
     rows = [f"| data | labels | {' | '.join(names)} | n, scale and hardware |", "|---" * (len(names) + 3) + "|"]
     for scale in ("paper", "laptop"):
-        if found := [published[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in published]:
+        if found := [recorded[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in recorded]:
             table = figures.beside_published(figures.summary(figures.evaluations(found)))
             for (display, less), part in table.groupby(["display", -table["labels"]]):
                 n = part["n"].mode().iloc[0]
@@ -144,14 +143,14 @@ def readme(text: str) -> str:
     same = ["statement", "case", "n", "difference"]  # the student report's runs are of its own size at both scales
     said: set[tuple] = set()
     for scale in ("laptop", "paper"):
-        found = {name: [published[e.key()] for e in evals if e.key() in published]
+        found = {name: [recorded[e.key()] for e in evals if e.key() in recorded]
                  for name, evals in experiments.evaluations(scale).items()}
         cases = figures.scoreboard(found, scale).query("published.isna()")
         judged = list(cases[same].itertuples(index=False, name=None))
         cases = cases.loc[[r not in said for r in judged]]
         said.update(judged)
-        for c in claims(cases).itertuples(index=False):
-            board.append(f"| {' | '.join(map(str, (c.statement, scale, *c[3:5], *c[6:])))} |")
+        for claim, *rest in published.claims(cases).drop(columns=["paper", "source", "tested"]).itertuples(index=False):
+            board.append(f"| {' | '.join(map(str, (claim, scale, *rest)))} |")
     clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
     for path in sorted(paths.figures("").glob("*/timings.csv")):
         clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"

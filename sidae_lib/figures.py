@@ -148,12 +148,15 @@ def percent(share: float) -> str:
     return f"{100 * share:g} %"
 
 
-def told(d: published.Difference) -> str:
-    """A difference in words: "+2.50 points (95 % interval +1.20 to +3.80, n = 3): above", "below" or "not told apart"."""
+def _points(d: published.Difference) -> str:
     mean, low, high = d.interval()
     span = f"95 % interval {low:+.2f} to {high:+.2f}" if len(d) > 1 else "no interval from one seed"
-    words = {"supported": "above", "contradicted": "below"}.get(d.verdict(), "not told apart")
-    return f"{mean:+.2f} points ({span}, n = {len(d)}): {words}"
+    return f"{mean:+.2f} points ({span}, n = {len(d)})"
+
+
+def told(d: published.Difference) -> str:
+    """A difference in words: "+2.50 points (95 % interval +1.20 to +3.80, n = 3): above", "below" or "not told apart"."""
+    return f"{_points(d)}: " + {"supported": "above", "contradicted": "below"}.get(d.verdict(), "not told apart")
 
 
 def gain(frame: pd.DataFrame) -> pd.DataFrame:
@@ -661,34 +664,44 @@ def live(seconds: float = 5.0) -> Iterator[None]:
         shown.update({"text/plain": ""}, raw=True)
 
 
-def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.DataFrame:
-    """What pairs add: accuracy less that with the pairs `base` of the same method, seed, evaluation and epoch, in points:
-    mean over n seeds, and its 95 % interval low to high over seeds, paired, and test images (infinite for one seed)."""
+BY_PAIRS = ["display", "method", "kind", "labels", "of", "epoch", "pairs", "count"]
+
+
+def _gains(records: Sequence[dict[str, Any]], base: str) -> Iterator[tuple[tuple, published.Difference, str]]:
+    """(BY_PAIRS, accuracy less that with the pairs `base` of the same method, seed, evaluation and epoch, hardware)."""
     frame = evaluations(records)
     runs = [RunConfig.from_dict(r["config"]["run"]) for r in records]
     frame["method"], frame["pairs"], frame["count"] = zip(*((c.method, c.pairs, c.pair_count) for c in runs))
-    by, rows = ["display", "method", "kind", "labels", "of", "epoch"], []
-    for key, part in frame[frame["pairs"] != base].groupby([*by, "pairs", "count"], sort=False):
-        gain = published.between(part, published.where(frame, {**dict(zip(by, key)), "pairs": base}))
+    for key, part in frame[frame["pairs"] != base].groupby(BY_PAIRS, sort=False):
+        gain = published.between(part, published.where(frame, {**dict(zip(BY_PAIRS[:-2], key)), "pairs": base}))
         if len(gain):
-            rows.append((*key, *gain.interval(), len(gain), distinct(part["hardware"])))
-    return pd.DataFrame(rows, columns=[*by, "pairs", "count", "gain", "low", "high", "n", "hardware"])
+            yield key, gain, distinct(part["hardware"])
+
+
+def pair_gains(records: Sequence[dict[str, Any]], base: str = "none") -> pd.DataFrame:
+    """What pairs add: accuracy less that with the pairs `base` of the same method, seed, evaluation and epoch, in points:
+    mean over n seeds, and its 95 % interval low to high over seeds, paired, and test images (infinite for one seed)."""
+    rows = [(*key, *gain.interval(), len(gain), made_on) for key, gain, made_on in _gains(records, base)]
+    return pd.DataFrame(rows, columns=[*BY_PAIRS, "gain", "low", "high", "n", "hardware"])
 
 
 def pair_answer(records: Sequence[dict[str, Any]], method: str = "sidae", kind: str = "logistic") -> str:
     """Do semantic pairs help, by how much, and is it the semantics or the extra data? Read from evaluation records."""
-    def of(pairs: str, base: str = "none") -> tuple[str, str]:
-        g = pair_gains(records, base)
-        r = g[(g["method"] == method) & (g["kind"] == kind) & (g["pairs"] == pairs) & (g["epoch"] == g["of"])].iloc[0]
-        says = f"95 % interval {r.low:+.2f} to {r.high:+.2f}" if r["n"] > 1 else "no interval from one seed"
-        sure = "supported" if r.low > 0 else "contradicted" if r.high < 0 else "undecided"
-        return f"{r.gain:+.2f} points ({says}, n = {r['n']})", sure if r["n"] > 2 else "undecided"
+    def over(base: str) -> dict[str, published.Difference]:
+        found: dict[str, published.Difference] = {}
+        for key, gain, _ in _gains(records, base):
+            at = dict(zip(BY_PAIRS, key))
+            if (at["method"], at["kind"], at["epoch"]) == (method, kind, at["of"]):
+                found.setdefault(at["pairs"], gain)
+        return found
 
-    words = {"supported": "help", "contradicted": "harm", "undecided": "are not told apart from none"}
-    (mined, helps), (oracle, best), (semantics, matter) = of("mined"), of("oracle"), of("mined", "random")
-    return (f"{NAMES[method]}, {PROBES[kind]}: mined pairs {words[helps]}, {mined}. Pairs chosen by label {words[best]}, "
-            f"{oracle}. As many random images: {of('random')[0]}; wrong pairs: {of('wrong')[0]}. That it is the semantics, "
-            f"mined less random, is {matter}: {semantics}.")  # fmt: skip
+    none, semantics = over("none"), over("random")["mined"]
+    words = {"supported": "help", "contradicted": "harm"}
+    mined, oracle = (words.get(none[pairs].verdict(), "are not told apart from none") for pairs in ("mined", "oracle"))
+    return (f"{NAMES[method]}, {PROBES[kind]}: mined pairs {mined}, {_points(none['mined'])}. Pairs chosen by label {oracle}, "
+            f"{_points(none['oracle'])}. As many random images: {_points(none['random'])}; wrong pairs: "
+            f"{_points(none['wrong'])}. That it is the semantics, mined less random, is {semantics.verdict().split()[0]}: "
+            f"{_points(semantics)}.")  # fmt: skip
 
 
 def semantic_pairs(table: pd.DataFrame) -> Figure:

@@ -237,12 +237,12 @@ def verdict(records: Sequence[dict[str, Any]], labels: int) -> list[str]:
     mean = wide.mean()
 
     def gap(a: str, b: str) -> tuple[float, float, float]:
-        from scipy.stats import norm, t  # scikit-learn's own dependency; slow to import
+        from .published import Difference  # needs scipy, slow to import
 
-        d, tail = wide[a] - wide[b], 0.05 / len(PRETRAINED) / 2
         sampling = 100 * math.sqrt(sum(p * (1 - p) for p in (mean[a] / 100, mean[b] / 100)) / tests)
-        half = math.hypot(t.isf(tail, len(d) - 1) * d.sem(), norm.isf(tail) * sampling)
-        return d.mean(), d.mean() - half, d.mean() + half
+        d = Difference(wide[a] - wide[b], sampling)
+        half = d.half(0.05 / len(PRETRAINED))
+        return d.mean, d.mean - half, d.mean + half
 
     def said(a: str, b: str) -> str:
         return "{:+.1f} points ({:+.1f} to {:+.1f})".format(*gap(a, b))

@@ -21,12 +21,16 @@ SEEDS = 3  # below this many nothing is decided
 TABLE = "datasets_table"  # the figure whose evaluations stand beside the published numbers
 
 
-def table(**where: str | float) -> pd.DataFrame:
+def table(**by: str | float) -> pd.DataFrame:
     """Rows of published.csv, filtered by column. labels: share in (0, 1]; value and se in percent."""
-    rows = pd.read_csv(Path(__file__).with_name("published.csv"))
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    return rows
+    return where(pd.read_csv(Path(__file__).with_name("published.csv")), by)
+
+
+def where(frame: pd.DataFrame, by: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows whose columns have these values."""
+    for column, value in by.items():
+        frame = frame[frame[column] == value]
+    return frame
 
 
 # --- differences ---------------------------------------------------------------------------------------------------
@@ -70,10 +74,9 @@ class Difference:
 
     def verdict(self, low: float = 0.0, high: float = np.inf) -> str:
         """supported, contradicted or undecided: where the 95 % interval lies; undecided below three seeds."""
-        return self._judged(0.05, low, high) if len(self) >= SEEDS else f"undecided (n = {len(self)})"
-
-    def _judged(self, alpha: float, low: float, high: float) -> str:
-        a, b = self.mean - self.half(alpha), self.mean + self.half(alpha)
+        if len(self) < SEEDS:
+            return f"undecided (n = {len(self)})"
+        _, a, b = self.interval()
         return "supported" if low <= a and b <= high else "contradicted" if b < low or a > high else "undecided"
 
     def _room(self, low: float, high: float) -> float:
@@ -131,11 +134,6 @@ def between(better: pd.DataFrame, worse: pd.DataFrame) -> Difference:
     return Difference(seeds, float(np.hypot(a.loc[seeds.index, "error"].mean(), b.loc[seeds.index, "error"].mean())))
 
 
-def where(frame: pd.DataFrame, by: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows whose columns have these values."""
-    return frame[np.logical_and.reduce([frame[column] == value for column, value in by.items()])] if by else frame
-
-
 def difference(frame: pd.DataFrame, one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference:
     """`between` the rows of `figures.evaluations` that each filters by column."""
     return between(where(frame, one), where(frame, other))
@@ -143,11 +141,12 @@ def difference(frame: pd.DataFrame, one: Mapping[str, Any], other: Mapping[str, 
 
 def sides(frame: pd.DataFrame, query: str) -> Difference:
     """"better > worse", two queries of the evaluations: the least of one side's runs less the greatest of the other's, by
-    seed; of one run the mean of the rows asked for, which are its classes."""
-    ends = []
-    for q, pick in zip(query.split(" > "), ("idxmin", "idxmax")):
-        rows = frame.query(q)
-        means = pd.concat([_mean(part) for _, part in rows.groupby("run_key")]).reset_index() if len(rows) else rows
+    seed; of one run the mean of the rows asked for, which are its classes. Of no seed where a side has no rows."""
+    asked, ends = [frame.query(q) for q in query.split(" > ")], []
+    if not all(map(len, asked)):
+        return Difference(pd.Series(dtype=float))
+    for rows, pick in zip(asked, ("idxmin", "idxmax")):
+        means = pd.concat([_mean(part) for _, part in rows.groupby("run_key")]).reset_index()
         ends.append(means.loc[means.groupby("seed")["accuracy"].agg(pick)].set_index("seed"))
     better, worse = ends
     seeds = (better["accuracy"] - worse["accuracy"]).dropna()
@@ -281,9 +280,7 @@ def _scenarios(frame: pd.DataFrame, query: str, case: str) -> Cases:
     if "undone" in frame:
         frame = frame[frame["undone"] == ""]
         shown = dict.fromkeys(name for q in query.split(" > ") for name in frame.query(q)["display"])
-        name = ", ".join([*shown, *[case] * bool(case)])
-        if all(len(frame.query(q)) for q in query.split(" > ")):
-            yield name, sides(frame, query)
+        yield ", ".join([*shown, *[case] * bool(case)]), sides(frame, query)
 
 
 # --- SidAE ---------------------------------------------------------------------------------------------------------

@@ -512,13 +512,17 @@ def _shape(c: RunConfig) -> tuple:
     return c.method in ("dae", "sidae"), c.backbone, c.stem, c.width, c.size, c.channels, c.batch
 
 
+def on_gpu(device: str) -> bool:
+    """Whether times for `device` (cpu, cuda, or auto, the kind that is here) are a GPU's: one may plan for one that is not."""
+    return device == "cuda" or train.device_of(device).type == "cuda"
+
+
 def rates(device: str = "auto") -> dict[tuple, float]:
     """Mean seconds of what is recorded on devices of one kind, CPUs or GPUs, since a GPU's hours are a CPU's weeks: of an image
-    by the run's shape, of an evaluation by its kind, labels and shape.  device: cpu, cuda, or auto, the kind that is here."""
-    cuda = device == "cuda" or train.device_of(device).type == "cuda"  # one may plan for a GPU without having it
-    seen: dict[tuple, list[float]] = defaultdict(list)
+    by the run's shape, of an evaluation by its kind, labels and shape.  device: as for `on_gpu`."""
+    gpu, seen = on_gpu(device), defaultdict(list)
     for r in every("*"):
-        if bool(GPU.match(r["provenance"]["device"])) != cuda:
+        if bool(GPU.match(r["provenance"]["device"])) != gpu:
             continue
         if "run_key" in r:
             c = EvalConfig.from_dict(r["config"])

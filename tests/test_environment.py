@@ -251,6 +251,9 @@ def test_the_last_line_says_what_ran_and_why_it_failed(suite):
     assert bad.stdout.splitlines()[-1] == ("2 tests and 3 notebook cells passed; 1 failed; the first alone: ./run_all.sh test "
                                            "'tests/test_a.py::test_bad[a b]'; 1 skipped: no such machine (1).")  # fmt: skip
     notebook(folder, "1 / 0")
+    bad = run_all(folder, "test", env=env)
+    assert bad.returncode == 1 and bad.stdout.splitlines()[-1].startswith(
+        "2 tests and 0 notebook cells passed; 1 failed; the first alone: ./run_all.sh test notebooks/00_a.ipynb; 1 slow tests")
     for alone in ("notebooks/00_a.ipynb", "tests/test_a.py::test_bad[a b]"):
         done = run_all(folder, "test", alone, env=env)
         said = f"1 failed; the first alone: ./run_all.sh test {shlex.quote(alone)}"
