@@ -648,12 +648,13 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
                 _end_epoch(run, path.parent, keep, bar, gauges)
             late = deadline is not None and time.monotonic() > deadline
             pause = run.step == (epoch + 1) * per_epoch < run.steps and epoch + 1 in keep | {end}
-            if stop.signal or late or pause or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            told = stop.signal  # looked at once: a signal that comes after this look finds nothing saved, and waits a step
+            if told or late or pause or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _finite(run, checkpointed)
                 checkpoint()
-            if stop.signal or late and run.step < run.steps:
+            if told or late and run.step < run.steps:
                 bar.close()
-                why = "Time is up" if late else f"Stopped by {signal.Signals(stop.signal).name}"
+                why = "Time is up" if late else f"Stopped by {signal.Signals(told).name}"
                 raise Stopped(f"{why}: {config.method} {config.key()} stands at step {run.step} of {run.steps}, saved in "
                               f"{path}; the same call goes on from there.")  # fmt: skip
             if pause:

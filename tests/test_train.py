@@ -212,6 +212,22 @@ def test_sigterm_leaves_a_checkpoint(tmp_path):
     assert (tmp_path / "checkpoint.safetensors").exists() and not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_signal_between_saving_and_stopping_waits_for_the_next_step(config, tmp_path):
+    """No step is called saved that is not: of two looks at a signal in one step the second would find it."""
+    class Late:
+        looks = 0
+
+        @property
+        def signal(self):
+            self.looks += 1
+            return signal.SIGTERM if self.looks > 1 else 0
+
+    run, path = train.Run(config, data.by_fingerprint(config.data), torch.device("cpu")), tmp_path / "checkpoint.safetensors"
+    with pytest.raises(train.Stopped, match="Stopped by SIGTERM: .* stands at step 2 of"):
+        train._loop(run, path, set(), Late(), None)
+    assert path.exists()
+
+
 def test_not_finite_stops_with_its_place(config, tmp_path):
     with pytest.raises(SidaeError, match=r"not finite at epoch 1, step \d of sidae .*no checkpoint yet"):
         pretrain(config.replace(lr=1e30), tmp_path)
