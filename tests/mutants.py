@@ -102,7 +102,7 @@ MUTANTS = [Mutant(*m) for m in (
      '            meta.pop("seal")\n', "tests/test_lost.py::test_damaged_files_are_named_set_aside_and_computed_again"),
     # an evaluation begins before what it evaluates is saved
     ("checkpoints.late", "sidae_lib/train.py",
-     "if stop.signal or late or pause or time.monotonic()", "if stop.signal or late or time.monotonic()",
+     "if told or late or pause or time.monotonic()", "if told or late or time.monotonic()",
      "tests/test_until.py::test_an_evaluation_that_is_cut_off_is_all_that_is_lost"),
 
     # a split that lacks a class: the labels of those behind it move up
