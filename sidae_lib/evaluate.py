@@ -19,8 +19,8 @@ from . import augment, networks, pairs, threads
 from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
-from .step import Captured
-from .train import batches, lr_at, provenance, seeded, several_classes, sha256, strip
+from .step import Captured, batches, lr_at, seeded
+from .train import provenance, several_classes, sha256, strip
 
 DENSE = 200  # classes up to which a record holds its confusion matrix as rows, else its entries that are not zero
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")

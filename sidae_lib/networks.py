@@ -236,7 +236,7 @@ class Doubling(nn.ConvTranspose2d):
         return x.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        if x.is_cuda and x.shape[2:] == (1, 1) and self.bias is None:
+        if x.device.type != "cpu" and x.shape[2:] == (1, 1) and self.bias is None:
             return self.product(x)
         few, across = x.shape[2:]
         if few != across or not multiplied(few, 2 * few, 3, precision(x), x.device.type):

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import threading
@@ -16,8 +15,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +27,13 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import __version__, augment, methods, networks, pairs, paths, threads
+from . import __version__, methods, networks, pairs, paths, threads
 from .augment import Params
-from .config import RunConfig, SidaeError, epoch_seed
+from .config import RunConfig, SidaeError
 from .data import Images, subset
-from .step import Captured
+from .step import Step
 
 CHECKPOINT_SECONDS = 60.0
-_SEEDING = threading.Lock()
 LISTENERS: list[Callable[[RunConfig, list[dict[str, Any]]], None]] = []  # called after every epoch with the history so far
 
 
@@ -64,23 +60,6 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise SidaeError("There is no CUDA device here; choose device cpu or auto.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def lr_at(step: int, steps: int, lr: float, schedule: str = "cosine", warmup: float = 0.0) -> float:
-    """Learning rate of step 0 to steps - 1: cosine decay from lr towards 0 per step (SidAE Sec. 4.1), or constant, or a
-    fifth from 5/6 on and a fifth of that from 14/15 on (AMDIM's epochs 250 and 280 of 300), each times the warm-up."""
-    lr *= min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
-    if schedule == "steps":
-        return lr * 0.2 ** ((6 * step >= 5 * steps) + (15 * step >= 14 * steps))
-    return lr if schedule == "constant" else 0.5 * lr * (1 + math.cos(math.pi * step / steps))
-
-
-def batches(n: int, batch: int, keep_last: bool) -> list[tuple[int, int]]:
-    """Bounds of the batches of n samples. A kept tail of one joins the batch before: BatchNorm needs two samples."""
-    bounds = list(range(0, n + 1, batch))
-    if keep_last and bounds[-1] < n:
-        bounds = bounds[:-1] + [n] if n - bounds[-1] == 1 and len(bounds) > 1 else bounds + [n]
-    return list(zip(bounds, bounds[1:]))
 
 
 def several_classes(labels: Tensor, which: str) -> None:
@@ -164,46 +143,6 @@ def packed(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
     return save(plain, {"sidae": json.dumps(meta)})
 
 
-@contextmanager
-def seeded(seed: int):
-    """torch's global generator, which draws initial weights: seeded, and afterwards as it was. One thread at a time, since
-    the threads of a worker share it."""
-    with _SEEDING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def compile_mode(config: RunConfig, device: torch.device, steps: int) -> str:
-    """`eager`, `views` (augmentation compiled) or `step` (forward pass and loss too), each also as `... graph`, one CUDA
-    graph for the whole optimiser step: a function of the run and the device type, so that a resumed run decides the same.
-    Compiling costs seconds for the views and about a minute for the step, which only a long run repays
-    (benchmarks/README.md). A graph holds methods that keep nothing between steps but weights, under plain SGD."""
-    if device.type == "cuda":
-        plain = methods.METHODS[config.method].after_step is methods.base.Method.after_step and config.optimizer == "sgd"
-        return "eager" if steps < 1000 else "views graph" if plain else "step"
-    return "views" if steps >= 200 and shutil.which(os.environ.get("CXX", "g++")) else "eager"
-
-
-def _unlimited() -> None:
-    """Lifts torch's limit of eight variants of one function, an error for whole graphs: a worker meets as many pipelines and
-    shapes as its grid has. torch keeps it for a context alone, and each task of a worker has its own."""
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**20
-
-
-def compiled(function: Callable) -> Callable:
-    """`torch.compile` for static shapes."""
-    _unlimited()
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-@lru_cache
-def _view(name: str, n: int, fast: bool) -> Callable[..., Tensor]:
-    """uint8 images, their parameters, mean, std -> one normalised view; compiled once for every run of a process."""
-    ops = (augment.VIEWS[name].first, augment.VIEWS[name].second)[n]
-    apply = lambda images, params, mean, std: augment.apply(ops, images, params, mean, std)  # noqa: E731
-    return compiled(apply) if fast and ops else apply
-
-
 class _Stop:
     """Turns SIGINT and SIGTERM into a request that the loop honours after the step; a second one is not held back."""
 
@@ -249,69 +188,18 @@ def always_kept(config: RunConfig) -> set[int]:
     return {config.epochs, *(range(0, config.epochs, 25) if long else ())}
 
 
-class Run:
-    """One run in memory: the method, its optimiser, the epoch's accumulators and how far it has come."""
+class Run(Step):
+    """One run in memory: what its steps read and write, and what is written of it."""
 
     def __init__(self, config: RunConfig, images: Images, device: torch.device) -> None:
-        if config.stats == "half":
-            images = replace(images, mean=(0.5,) * config.channels, std=(0.5,) * config.channels)
-        self.config, self.data, self.device = config, images, device
-        self.pairs, self.extra = training_pairs(config, images, device)
-        self.n = len(self.pairs) - (0 if self.extra is None else len(self.extra.i))  # samples in an epoch
-        keep = methods.METHODS[config.method].labels
-        self.bounds = batches(self.n, config.batch, keep)
-        self.steps = len(self.bounds) * config.epochs
-        with seeded(config.seed):
-            self.method = methods.build(config, len(images.classes))
-        self.method.to(device, memory_format=torch.channels_last).train()
-        i, j = self.pairs[self.n :, :2].to(device).unbind(1)
-        self.method.partners = torch.cat([(i << 32) + j, (j << 32) + i])
-        groups, c = self.method.param_groups(config.lr), config
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, fused=True) if c.optimizer == "sgd" else
-            torch.optim.Adam(groups, lr=c.lr, betas=(c.momentum, c.beta2), fused=True))  # fmt: skip
-        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (images.mean, images.std))
-        self.w = torch.tensor(config.w, device=device)
-        split = images.split(config.split)
-        self.images, self.labels = split.images.to(device), None if split.labels is None else split.labels.to(device)
-        self.paired = not bool((self.pairs[:, 0] == self.pairs[:, 1]).all())
-        self.support = config.support if "support" in self.method.reads else 0
-        self.step, self.sums, self.history, self.seconds = 0, {}, [], 0.0
+        pairs, self.extra = training_pairs(config, images, device)
+        super().__init__(config, images, device, pairs, len(pairs) - (0 if self.extra is None else len(self.extra.i)))
+        self.history, self.seconds = list[dict[str, Any]](), 0.0
         self.files: dict[str, str] = {}  # name -> sha256 of each backbone kept so far
         self.pictures: dict[str, str] = {}  # epoch -> what the decoder makes of eight images, as `strip` writes it
         self.segments: list[dict[str, Any]] = []  # which machine made which steps
-        self.fixed: tuple[Tensor, *tuple[Params, ...]] | None = None  # a graph's epoch: tensors that stay where they are
-        few = subset(len(self.pairs), count=min(256, len(self.pairs)), seed=0)
-        self.monitored = self.pairs[few, 0].to(device)  # the images that `monitor` looks at
-        self.set_mode(compile_mode(config, device, self.steps))
-
-    def set_mode(self, mode: str) -> None:
-        """One of the modes that `compile_mode` names."""
-        self.mode = mode
-        _unlimited()  # the views may have been compiled in another task
-        self.view1, self.view2 = (_view(self.config.augment, n, mode.startswith("views")) for n in (0, 1))
-        self.compiled = compiled(self.forward) if mode.startswith("step") else self.forward
-        if self.device.type == "cuda":  # the first steps try which kernels are the fastest
-            torch.backends.cudnn.benchmark = mode.endswith("graph")
-
-    @torch.no_grad()
-    def see(self, xi: Tensor, xj: Tensor, params: tuple[Params, ...], batch: dict[str, Tensor]) -> tuple[tuple, dict]:
-        """uint8 images and parameters -> the views and the batch, as methods expect them."""
-        make = (self.view1, self.view2, *[self.view1] * self.support)
-        views = (v(x, p, self.mean, self.std) for v, x, p in zip(make, (xi, xj, *[xi] * self.support), params, strict=True))
-        x1 = (xi / 255 - self.mean) / self.std
-        x2 = (xj / 255 - self.mean) / self.std if self.paired else x1
-        batch = {k: (v / 255 - self.mean) / self.std if k == "xn" else v for k, v in batch.items()}
-        batch = {**batch, "x1": x1, "x2": x2, "mean": self.mean, "std": self.std, "w": self.w}
-        return tuple(v.contiguous(memory_format=torch.channels_last) for v in views), batch
-
-    def forward(self, *samples: Any) -> tuple[dict, dict]:
-        """What `see` takes -> the method's scalars, and the sums that z_std is made of."""
-        views, batch = self.see(*samples)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            out = self.method.loss(views, batch)
-        zn = F.normalize(out.pop("z").float(), dim=1)
-        return out, {"z": zn.sum(0), "zz": zn.square().sum(0), "rows": zn[:256]}
+        few = subset(len(pairs), count=min(256, len(pairs)), seed=0)
+        self.monitored = pairs[few, 0].to(device)  # the images that `monitor` looks at
 
     def _clean(self, rows: Tensor) -> Tensor:
         """Images as they are, normalised, as the network takes them."""
@@ -331,51 +219,6 @@ class Run:
             out["knn"] = 100 * (y[(h @ h.T).fill_diagonal_(-2).argmax(1)] == y).double().mean().item()
         return out
 
-    def _loaded(self, *given: Any) -> tuple[dict, dict]:
-        """The compiled forward pass; a cached file that a killed compiler left broken is removed and compiled again."""
-        while True:
-            try:
-                return self.compiled(*given)
-            except torch._dynamo.exc.BackendCompilerFailed as e:
-                if not (broken := getattr(e.inner_exception, "path", None)) or not Path(broken).exists():
-                    raise
-                Path(broken).unlink()
-
-    def draw(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
-        """`draft` on the run's device."""
-        return self.put(self.draft(epoch))
-
-    def put(self, drafted: tuple[Tensor, *tuple[Params, ...]]) -> tuple[Tensor, *tuple[Params, ...]]:
-        return drafted[0].to(self.device), *({k: v.to(self.device) for k, v in p.items()} for p in drafted[1:])
-
-    def draft(self, epoch: int) -> tuple[Tensor, *tuple[Params, ...]]:
-        """The epoch's order of pairs and the parameters of its views, on the CPU: a function of (seed, epoch) alone.
-
-        With P semantic pairs an epoch is N of the N + P pairs, so that steps, rates and images seen are those of the run
-        without them: pairs take the place of images, none of which is seen more often for it. A weight below 1 draws
-        each semantic pair with that probability, which is SePP-ID's eq. 2 in expectation, for every loss.
-        """
-        generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, epoch))
-        order = torch.randperm(len(self.pairs), generator=generator)
-        if self.config.pair_weight < 1:
-            order = order[(order < self.n) | (torch.rand(len(order), generator=generator) < self.config.pair_weight)]
-        order = order[: self.n]
-        drawn, picked = len(order), slice(None)
-        if not self.config.redraw:  # parameters belong to a pair, whatever the epoch
-            generator, drawn = torch.Generator().manual_seed(epoch_seed(self.config.seed, -2)), len(self.pairs)
-            picked = order
-        draws = augment.VIEWS[self.config.augment].draw(drawn, self.config.size, generator, self.support)
-        return self.pairs[order], *({k: v[picked] for k, v in p.items()} for p in draws)
-
-    def samples(self, drawn: tuple[Tensor, *tuple[Params, ...]], rows: slice | Tensor) -> tuple:
-        """These samples of a drawn epoch, as `see` takes them."""
-        (i, j, *n), params = drawn[0][rows].unbind(1), tuple({k: v[rows] for k, v in p.items()} for p in drawn[1:])
-        xi = self.images[i]
-        batch = {"i": i, "j": j} | ({} if self.labels is None else {"labels": self.labels[i]})
-        if n:
-            batch["xn"] = self.images[n[0]]
-        return xi, self.images[j] if self.paired else xi, params, batch
-
     def gauges(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> dict[str, float]:
         """The method's gauges on these samples; BatchNorm's statistics, which the look would move, are put back."""
         before = {k: v.clone() for k, v in self.method.named_buffers()}
@@ -383,55 +226,6 @@ class Run:
         for k, v in self.method.named_buffers():
             v.copy_(before[k])
         return out
-
-    def advance(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> None:
-        """One optimiser step on samples a to b of a drawn epoch."""
-        if self.mode.endswith("graph") and b - a == self.config.batch:
-            self._replay(drawn)
-        else:
-            lr = lr_at(self.step, self.steps, self.config.lr, self.config.schedule, self.config.warmup)
-            self._learn(self.samples(drawn, slice(a, b)), lr)
-        self.step += 1
-        self.method.after_step(self.step, self.steps)
-
-    def _learn(self, samples: tuple, lr: float | Tensor) -> None:
-        """Loss, gradient, optimiser, and the epoch's sums: asks no value of the device."""
-        out, moments = self._loaded(*samples)
-        self.rows = moments.pop("rows")
-        self.optimizer.zero_grad()
-        out["loss"].backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr if group["fixed"] else lr
-        self.optimizer.step()
-        with torch.no_grad():
-            for k, v in {**out, **moments, "n": torch.ones_like(out["loss"])}.items():
-                v = v.detach().double() * (len(samples[0]) if k in (*out, "n") else 1)
-                self.sums[k] = self.sums[k].add_(v) if k in self.sums else v
-
-    def _replay(self, drawn: tuple[Tensor, *tuple[Params, ...]]) -> None:
-        """As `advance`, a whole batch by one launch: where the epoch stands and its rate are read on the device."""
-        if self.fixed is None:
-            self.fixed = tuple({k: v.clone() for k, v in p.items()} if isinstance(p, dict) else p.clone() for p in drawn)
-            rates = [lr_at(n, self.steps, self.config.lr, self.config.schedule, self.config.warmup) for n in range(self.steps)]
-            self.at, self.rates = torch.tensor(0, device=self.device), torch.tensor(rates, device=self.device)
-            self.lr, self.batch = self.rates[0].clone(), torch.arange(self.config.batch, device=self.device)
-            self.launch, self.shown = Captured(self._next, self.device), None
-        if self.shown is not drawn:
-            for own, new in zip(self.fixed, drawn, strict=True):
-                for k in own if isinstance(own, dict) else [...]:
-                    own[k].copy_(new[k])
-            self.at.fill_(self.step)
-            self.shown = drawn
-        self.launch()
-        if self.launch.failed:
-            self.mode = self.mode.removesuffix(" graph")
-
-    def _next(self) -> None:
-        """The step that the counter stands at; a fixed sequence of kernels on fixed tensors."""
-        rows = self.at % len(self.bounds) * self.config.batch + self.batch
-        self.lr.copy_(self.rates.take(self.at))  # indexing by a tensor of no dimension would ask for its value
-        self._learn(self.samples(self.fixed, rows), self.lr)
-        self.at += 1
 
     @torch.no_grad()
     def strip(self) -> str:
@@ -619,7 +413,7 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
           passed: Passed = lambda epoch, files: None) -> None:  # fmt: skip
     config, device, per_epoch = run.config, run.device, len(run.bounds)
     end = config.epochs if until is None else min(until, config.epochs)
-    sync = 1 if device.type == "cpu" else 50  # steps between looks at the loss: on a GPU a look waits for the queue
+    look = 1 if device.type == "cpu" else per_epoch  # steps between looks at the loss: a GPU is not waited for on the way
     saved, checkpointed = time.monotonic(), run.step
     bar = tqdm(total=run.steps, initial=run.step, unit="step", desc=f"{config.method} {config.key()[:6]}", leave=False,
                disable="TQDM_DISABLE" in os.environ or None, mininterval=0.5)  # fmt: skip
@@ -639,7 +433,7 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
                 threads.fit()
             began = time.perf_counter()
             run.advance(drawn, a, b)
-            if run.step % sync == 0 or run.step % per_epoch == 0:
+            if run.step % look == 0 or run.step % per_epoch == 0:
                 _finite(run, checkpointed)
             run.seconds += time.perf_counter() - began
             bar.update()

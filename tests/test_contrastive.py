@@ -45,7 +45,7 @@ def step(m, views, batch, lr=0.1):
         for p in m.parameters():
             if p.grad is not None:
                 p -= lr * p.grad
-    m.after_step(1, 2)
+    m.after_step(**m.ahead(1, 2))
     return {k: v.detach() for k, v in out.items()}
 
 
@@ -195,7 +195,7 @@ def test_nnclr_finds_the_neighbours_that_are_there():
     m, (views, batch) = build("nnclr"), inputs()
     first = m.loss(views, batch)
     assert (first["nn_same"].item(), first["nn_accuracy"].item()) == (0, 0)
-    m.after_step(1, 10)
+    m.after_step(**m.ahead(1, 10))
     second = m.loss(views, batch)
     assert (second["nn_same"].item(), second["nn_accuracy"].item()) == (1, 1)
     assert m.queue.id[:B].tolist() == batch["i"].tolist() and m.queue.label[:B].tolist() == batch["labels"].tolist()

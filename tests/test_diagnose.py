@@ -11,6 +11,7 @@ from torch import nn
 
 from sidae_lib import data, experiments, figures, losses, networks, train
 from sidae_lib.config import SidaeError
+from sidae_lib.step import lr_at
 
 CPU = torch.device("cpu")
 
@@ -131,7 +132,7 @@ def test_a_record_keeps_the_last_step_of_an_epoch(tmp_path):
             run.advance(drawn, a, b)
         grads = [p.grad for p in run.method.predictor.parameters()]
         assert line["grad_predictor"] == approx(math.sqrt(sum(g.square().sum().item() for g in grads)), rel=1e-4)
-        assert line["lr"] == float(f"{train.lr_at(run.step - 1, 8, config.lr, warmup=0.75):.7g}")
+        assert line["lr"] == float(f"{lr_at(run.step - 1, 8, config.lr, warmup=0.75):.7g}")
         assert line["rank"] == approx(networks.effective_rank(run.rows).item(), rel=1e-4)
         assert torch.allclose(run.rows, F.normalize(seen[-2], dim=1))  # of the first view
         assert line["knn"] == float(f"{run.monitor()['knn']:.7g}")

@@ -23,6 +23,7 @@ from torch import nn
 from sidae_lib import data, evaluate, experiments, figures, networks, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.data import Images, Split, subset
+from sidae_lib.step import batches
 
 CPU = torch.device("cpu")
 COLOURS = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
@@ -191,8 +192,8 @@ def test_every_seed_and_epoch_has_an_order_of_its_own():
 
 
 def test_a_tail_of_one_joins_the_batch_before():
-    assert train.batches(9, 4, True) == [(0, 4), (4, 9)] and train.batches(9, 4, False) == [(0, 4), (4, 8)]
-    assert train.batches(10, 4, True) == [(0, 4), (4, 8), (8, 10)] and train.batches(1, 4, True) == [(0, 1)]
+    assert batches(9, 4, True) == [(0, 4), (4, 9)] and batches(9, 4, False) == [(0, 4), (4, 8)]
+    assert batches(10, 4, True) == [(0, 4), (4, 8), (8, 10)] and batches(1, 4, True) == [(0, 1)]
 
 
 # --- kNN and logistic regression ------------------------------------------------------------------------------------

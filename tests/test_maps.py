@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sidae_lib import augment, data, experiments, figures, losses, methods, networks, published, train
 from sidae_lib.config import RunConfig, SidaeError, epoch_seed
 from sidae_lib.methods import maps
+from sidae_lib.step import lr_at
 
 ADAM = {"optimizer": "adam", "lr": 1e-3, "momentum": 0.8, "weight_decay": 1e-5}
 OWN = {  # narrow, each on the encoder of its paper
@@ -244,12 +245,12 @@ def test_places_are_a_function_of_seed_and_step():
     a, b, other = build("yadim"), build("yadim", seed=1), build("yadim", seed=0, **{"batch": 8})
     assert torch.equal(a.place, b.place)  # not of the weights' generator
     first = a.place.clone()
-    a.after_step(1, 4)
+    a.after_step(**a.ahead(1, 4))
     assert not torch.equal(a.place, first) and 0 <= a.place.min() and a.place.max() < 1
     other.load_state_dict(a.state_dict())
     assert torch.equal(other.place, a.place) and torch.equal(other.map, a.map)
     assert a.place.shape == (1, 2, 8) and not torch.equal(a.place[0, 0], a.place[0, 1])
-    b.after_step(1, 4)
+    b.after_step(**b.ahead(1, 4))
     assert torch.equal(a.place, b.place) and epoch_seed(0, 0.25) != epoch_seed(0, 0.5)
 
 
@@ -377,7 +378,7 @@ def twins(one, other, steps=3):
             m.last = m.loss(v, batch)["loss"]
             m.last.backward()
             optimizer.step()
-            m.after_step(step + 1, steps)
+            m.after_step(**m.ahead(step + 1, steps))
         assert one.last.item() == other.last.item()
     for (k, a), b in zip(one.state_dict().items(), other.state_dict().values()):
         assert torch.equal(a, b), k
@@ -484,7 +485,7 @@ def test_the_loop_is_plain_adam(tmp_path):
         params = tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
         two.method.zero_grad()
         two.forward(two.images[i], two.images[i], params, {"i": i, "j": i})[0]["loss"].backward()
-        two.method.after_step(t, 2)
+        two.method.after_step(**two.method.ahead(t, 2))
         rate = 1e-3 * min(1, t / 1.8) * 0.5 * (1 + math.cos(math.pi * (t - 1) / 2))
         with torch.no_grad():
             for k, p in two.method.named_parameters():
@@ -497,9 +498,9 @@ def test_the_loop_is_plain_adam(tmp_path):
 
 
 def test_lr_warms_up_and_drops():
-    assert [train.lr_at(s, 300, 1.0, "steps") for s in (0, 249, 250, 279, 280, 299)] == approx([1, 1, 0.2, 0.2, 0.04, 0.04])
-    assert [train.lr_at(s, 100, 2.0, "constant", 0.1) for s in (0, 4, 9, 10, 99)] == approx([0.2, 1, 2, 2, 2])
-    assert train.lr_at(50, 100, 0.03, "cosine", 0.1) == train.lr_at(50, 100, 0.03)
+    assert [lr_at(s, 300, 1.0, "steps") for s in (0, 249, 250, 279, 280, 299)] == approx([1, 1, 0.2, 0.2, 0.04, 0.04])
+    assert [lr_at(s, 100, 2.0, "constant", 0.1) for s in (0, 4, 9, 10, 99)] == approx([0.2, 1, 2, 2, 2])
+    assert lr_at(50, 100, 0.03, "cosine", 0.1) == lr_at(50, 100, 0.03)
 
 
 # --- augmentation ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.losses import cosine_embedding, triplet
 from sidae_lib.methods import metric
 from sidae_lib.methods.metric import negatives
+from sidae_lib.step import batches
 
 CPU = torch.device("cpu")
 LOSSES = ("pairwise", "triplet")
@@ -141,7 +142,7 @@ def test_490_updates_of_each_loss():
     rows = {"pairwise": 100_000, "triplet": 50_000}
     for method, own in metric.LOSSES.items():
         assert methods.METHODS[method].labels  # the last, partial batch is kept
-        assert len(train.batches(rows[method], 1024, True)) * own["epochs"] == 490
+        assert len(batches(rows[method], 1024, True)) * own["epochs"] == 490
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------

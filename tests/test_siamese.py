@@ -40,7 +40,7 @@ def step(m, views, batch, n=2, steps=4, lr=0.1):
         for p in m.parameters():
             if p.grad is not None:
                 p -= lr * p.grad
-    m.after_step(n, steps)
+    m.after_step(**m.ahead(n, steps))
     return {k: v.detach() for k, v in out.items()}
 
 
@@ -124,7 +124,7 @@ def test_weight_decay_does_not_turn_the_frozen_prototypes():
         m.loss(views, batch)["loss"].backward()
         optimizer.step()
         assert torch.allclose(F.normalize(m.prototypes.weight, dim=1), start, atol=1e-6) == (n < 4)
-        m.after_step(n, 12)  # the first of four epochs ends with step 3
+        m.after_step(**m.ahead(n, 12))  # the first of four epochs ends with step 3
 
 
 def test_dino_of_a_uniform_teacher_is_log_P():
@@ -180,7 +180,7 @@ def test_one_graph_holds_the_loss(method):
         out, expected = compiled(views, batch), plain.loss(views, batch)
         assert all(torch.equal(v, expected[k]) for k, v in out.items())
         for x in (m, plain):
-            x.after_step(n + 1, 4)
+            x.after_step(**x.ahead(n + 1, 4))
     assert all(torch.equal(v, plain.state_dict()[k]) for k, v in m.state_dict().items())
 
 

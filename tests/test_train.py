@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from sidae_lib import augment, data, experiments, methods, train
 from sidae_lib.config import SidaeError, epoch_seed
+from sidae_lib.step import batches, lr_at, seeded
 
 CPU = torch.device("cpu")
 
@@ -45,11 +46,11 @@ def bare(record: dict) -> dict:
 
 
 def test_lr_at_is_the_cosine():
-    assert train.lr_at(0, 100, 0.03) == 0.03
-    assert train.lr_at(50, 100, 0.03) == pytest.approx(0.015)
-    assert train.lr_at(25, 100, 0.03) == pytest.approx(0.03 * (1 + math.sqrt(0.5)) / 2)
-    assert 0 < train.lr_at(99, 100, 0.03) < 1e-4
-    assert train.lr_at(99, 100, 0.03, "constant") == 0.03
+    assert lr_at(0, 100, 0.03) == 0.03
+    assert lr_at(50, 100, 0.03) == pytest.approx(0.015)
+    assert lr_at(25, 100, 0.03) == pytest.approx(0.03 * (1 + math.sqrt(0.5)) / 2)
+    assert 0 < lr_at(99, 100, 0.03) < 1e-4
+    assert lr_at(99, 100, 0.03, "constant") == 0.03
 
 
 @pytest.mark.parametrize("n, batch, keep, sizes", [
@@ -57,7 +58,7 @@ def test_lr_at_is_the_cosine():
     (3, 4, False, []), (1, 4, True, [1]), (500, 256, True, [256, 244]),
 ])  # fmt: skip
 def test_batches(n, batch, keep, sizes):
-    bounds = train.batches(n, batch, keep)
+    bounds = batches(n, batch, keep)
     assert [b - a for a, b in bounds] == sizes
     assert [a for a, _ in bounds] == [sum(sizes[:k]) for k in range(len(sizes))]
 
@@ -324,13 +325,13 @@ def test_what_gets_its_name_is_on_the_disk_whole(tmp_path, monkeypatch):
 def test_threads_draw_their_weights_one_after_the_other():
     """They share torch's generator: what one draws under its seed does not depend on who begins meanwhile."""
     def begin():
-        with train.seeded(2):
+        with seeded(2):
             begun.set()
 
-    with train.seeded(1):
+    with seeded(1):
         alone = torch.rand(3)
     begun, other = threading.Event(), threading.Thread(target=begin)
-    with train.seeded(1):
+    with seeded(1):
         other.start()
         assert not begun.wait(0.2) and torch.equal(torch.rand(3), alone)
     other.join()

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -66,8 +67,13 @@ class Method(nn.Module):
         """Further scalars for the record, taken now and then on one batch; arguments as in `loss`."""
         return {}
 
-    def after_step(self, step: int, steps: int) -> None:
-        """Fill queues, move momentum weights and centres from what `loss` staged, after step 1, 2, ... of `steps`."""
+    def ahead(self, step: int, steps: int) -> dict[str, float | Tensor]:
+        """What `after_step` takes after step 1, 2, ... of `steps`, known before it: numbers and CPU tensors of one shape."""
+        return {}
+
+    def after_step(self, **ahead: Any) -> None:
+        """Fill queues, move momentum weights and centres from what `loss` staged. A GPU's step is one launch: there a number
+        of `ahead` is a tensor on the device, and none may be asked for its value."""
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, S, S) normalised -> (B, F): what probes see."""
@@ -97,10 +103,16 @@ def momentum_copy(*parts: nn.Module) -> nn.Module:
     return copy.deepcopy(nn.Sequential(*parts)).requires_grad_(False)
 
 
-def follow(target: nn.Module, m: float, *parts: nn.Module) -> None:
+def follow(target: nn.Module, m: float | Tensor, *parts: nn.Module) -> None:
     """t <- m t + (1 - m) p over the parameters; BatchNorm's running statistics stay the target's own, as in the
-    official code of MoCo and DINO."""
-    get_ema_multi_avg_fn(m)(list(target.parameters()), [p for part in parts for p in part.parameters()], None)
+    official code of MoCo and DINO. m: in float64 where it is a tensor, since 1 - m becomes small."""
+    own, theirs = list(target.parameters()), [p.detach() for part in parts for p in part.parameters()]
+    if isinstance(m, Tensor):  # which torch's own would ask for its value
+        way = torch._foreach_sub(theirs, own)
+        torch._foreach_mul_(way, (1 - m).to(own[0].dtype))
+        torch._foreach_add_(own, way)
+    else:
+        get_ema_multi_avg_fn(m)(own, theirs, None)
 
 
 def raised(m: float, step: int, steps: int) -> float:

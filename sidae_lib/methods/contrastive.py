@@ -15,14 +15,16 @@ from .base import Axes, Method, follow, momentum_copy
 class Contrastive(Method):
     """What the methods below share: which images are no negatives of which."""
 
-    partners: Tensor  # codes a 2^32 + b of all pairs of images (a, b) that are trained on, set by the loop
+    partners: Tensor  # codes a 2^32 + b of all pairs of images (a, b) that are trained on, sorted, set by the loop
 
     def kin(self, a: Tensor, b: Tensor) -> Tensor:
         """(N, M) bool: which of the images b (M,) are no negatives of the images a (N,), both by id; `leave_out`."""
         same = a[:, None] == b
-        if self.config.leave_out == "partners":
-            return same | torch.isin((a[:, None] << 32) + b, self.partners)
-        return same if self.config.leave_out == "same" else torch.zeros_like(same)
+        if self.config.leave_out == "partners" and len(self.partners):
+            code = (a[:, None] << 32) + b
+            at = torch.searchsorted(self.partners, code).clamp(max=len(self.partners) - 1)
+            return same | (self.partners[at] == code)  # torch.isin would wait for the device
+        return torch.zeros_like(same) if self.config.leave_out == "none" else same
 
 
 class Queue(nn.Module):
@@ -117,7 +119,7 @@ class MoCo(Contrastive):
         key = (torch.arange(sim.shape[1], device=sim.device) == 0).expand_as(sim)
         return losses.info_nce(sim / self.config.tau, key, F.pad(self.kin(image, self.queue.id), (1, 0)))
 
-    def after_step(self, step: int, steps: int) -> None:
+    def after_step(self) -> None:
         """The queue takes this step's keys after they were compared; the keys' network moves before the next ones."""
         self.queue.push(*self.staged)
         follow(self.keys, self.config.ema, self.backbone, self.projector)
@@ -158,7 +160,7 @@ class NNCLR(Contrastive):
         own = torch.eye(len(p), dtype=torch.bool, device=p.device)
         return losses.info_nce(losses.cosine(self.queue.z[nearest], p) / self.config.tau, own, self.kin(a, b) & ~own)
 
-    def after_step(self, step: int, steps: int) -> None:
+    def after_step(self) -> None:
         self.queue.push(*self.staged)
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ def by_blocks(score: Callable[[Tensor, int], Tensor], rows: Tensor, columns: int
     size = max(1, BLOCK // columns)
     if size >= len(rows):
         return score(rows, 0)
-    parts = [len(r) * checkpoint(score, r, k * size, use_reentrant=False) for k, r in enumerate(rows.split(size))]
+    again = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+    parts = [len(r) * again(r, k * size) for k, r in enumerate(rows.split(size))]
     return torch.stack(parts).sum(0) / len(rows)
 
 
@@ -80,14 +82,18 @@ class Composed(Method):
             self.heads[str(k)] = networks.Embedding(widths[k], widths[0]) if crossed and k else normal
         self.register_buffer("place", torch.empty(len(self.pairs), 2, config.batch))
         self.register_buffer("map", torch.empty(len(self.pairs)))
-        self.after_step(0, 1)
+        self.after_step(**self.ahead(0, 1))
 
-    def after_step(self, step: int, steps: int) -> None:
-        """Draw where the next step's anchors lie: a function of (seed, step), and part of the state."""
-        if self.extract != "vector":
-            generator = Generator().manual_seed(epoch_seed(self.config.seed, step / steps))
-            self.place.copy_(torch.rand(self.place.shape, generator=generator))
-            self.map.copy_(torch.rand(self.map.shape, generator=generator))
+    def ahead(self, step: int, steps: int) -> dict[str, float | Tensor]:
+        """Where the next step's anchors lie: a function of (seed, step)."""
+        if self.extract == "vector":
+            return {}
+        generator = Generator().manual_seed(epoch_seed(self.config.seed, step / steps))
+        return {k: torch.rand(getattr(self, k).shape, generator=generator) for k in ("place", "map")}
+
+    def after_step(self, **ahead: Tensor) -> None:
+        for k, v in ahead.items():
+            getattr(self, k).copy_(v)
 
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         B = len(views[0])

@@ -36,8 +36,11 @@ class BYOL(Method):
         loss = 4 + 2 * (losses.neg_cosine(self.predictor(z1), t2) + losses.neg_cosine(self.predictor(z2), t1))
         return {"loss": loss, "z": z1.detach()}
 
-    def after_step(self, step: int, steps: int) -> None:
-        follow(self.target, raised(self.config.ema, step, steps), self.backbone, self.projector)
+    def ahead(self, step: int, steps: int) -> dict[str, float | Tensor]:
+        return {"m": raised(self.config.ema, step, steps)}
+
+    def after_step(self, m: float | Tensor) -> None:
+        follow(self.target, m, self.backbone, self.projector)
 
 
 class VICReg(Method):
@@ -106,7 +109,10 @@ class DINO(Method):
         loss = sum(losses.dino(s, t, self.centre, self.config.tau, self.TAU_T) for s, t in ((s1, t2), (s2, t1))) / 2
         return {"loss": loss, "z": z1.detach(), "teacher_entropy": entropy}
 
-    def after_step(self, step: int, steps: int) -> None:
+    def ahead(self, step: int, steps: int) -> dict[str, float | Tensor]:
+        return {"m": raised(self.config.ema, step, steps), "frozen": step / steps < 1 / self.config.epochs}
+
+    def after_step(self, m: float | Tensor, frozen: float | Tensor) -> None:
         self.centre.lerp_(self.staged.mean(0), 0.1)
-        self.frozen.fill_(step / steps < 1 / self.config.epochs)
-        follow(self.teacher, raised(self.config.ema, step, steps), self.backbone, self.projector, self.prototypes)
+        self.frozen.fill_(frozen)
+        follow(self.teacher, m, self.backbone, self.projector, self.prototypes)
