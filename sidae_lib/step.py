@@ -121,7 +121,7 @@ class Captured:
         """Whether the function's kernels are in a graph now; capturing runs none of them."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread pins memory meanwhile
                 self.function()
         except RuntimeError as e:
             self.failed = True

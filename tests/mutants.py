@@ -66,13 +66,19 @@ MUTANTS = [Mutant(*m) for m in (
     ("augment.crop_edge", "sidae_lib/augment.py", "* (size - box + 1)).floor()", "* (size - box)).floor()",
      "tests/test_augment.py"),
     # both views by the first one's list: most lists are the same
-    ("augment.second_view", "sidae_lib/train.py",
+    ("augment.second_view", "sidae_lib/step.py",
      "ops = (augment.VIEWS[name].first, augment.VIEWS[name].second)[n]", "ops = augment.VIEWS[name].first",
      "tests/test_siamese.py tests/test_metric.py::test_the_loop_is_the_reports"),
 
-    ("training.schedule", "sidae_lib/train.py",
+    ("training.schedule", "sidae_lib/step.py",
      "math.cos(math.pi * step / steps)", "math.cos(math.pi * (step + 1) / steps)",
      "tests/test_train.py::test_lr_at_is_the_cosine"),
+    # a graph's step asks for the momentum's value
+    ("training.hidden_wait", "sidae_lib/methods/base.py", "if isinstance(m, Tensor):", "if False:",
+     "tests/test_step.py::test_a_step_never_waits_for_the_device"),
+    # the momentum of the step before
+    ("training.momentum_late", "sidae_lib/step.py",
+     "self.method.ahead(step + 1, self.steps)", "self.method.ahead(step, self.steps)", "tests/test_three_steps.py"),
 
     # the first batches of the epoch in which a run was stopped, once more
     ("resume.batches_again", "sidae_lib/train.py",
@@ -135,7 +141,7 @@ MUTANTS = [Mutant(*m) for m in (
      "result = future.result()\n                error = result.error\n", "result = future.result()\n",
      "tests/test_grid.py::test_a_grid_on_this_machine"),
     # threads of one worker draw initial weights from one generator at the same time
-    ("grid.shared_generator", "sidae_lib/train.py",
+    ("grid.shared_generator", "sidae_lib/step.py",
      "with _SEEDING, torch.random.fork_rng(devices=[]):", "with torch.random.fork_rng(devices=[]):",
      "tests/test_train.py::test_threads_draw_their_weights_one_after_the_other"),
 

@@ -190,7 +190,7 @@ class Stub:
 
 
 def refused(launch: step.Captured, monkeypatch) -> None:
-    def refuse(graph):
+    def refuse(graph, **options):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     launch.aside = Stub()
