@@ -25,7 +25,7 @@ GROUPS = (("eager", "views", "views graph"), ("step", "step graph"))  # of modes
 STEPS = 19_400  # of a run of 200 epochs on CIFAR-10
 NEAR = 1e-4  # relative
 
-_held: dict[bool, train.Run] = {}  # of this process; True: the one whose whole step is compiled
+_held: dict[bool, tuple[train.Run, tuple]] = {}  # of this process, with two drawn epochs; True: its whole step is compiled
 
 
 def config_of(method: str, toy: bool, **changes: Any) -> RunConfig:
@@ -106,20 +106,20 @@ def stand(method: str, mode: str, device: torch.device) -> str:
     """Keeps a run in this process and brings it into a mode, compiled and captured; the mode that it then is in."""
     if (whole := mode.startswith("step")) not in _held:
         config = config_of(method, device.type == "cpu")
-        _held[whole] = train.Run(config, load("digits" if device.type == "cpu" else "cifar10"), device)
-    _held[whole].set_mode(mode)
+        run = train.Run(config, load("digits" if device.type == "cpu" else "cifar10"), device)
+        _held[whole] = run, (run.draw(0), run.draw(1))
+    _held[whole][0].set_mode(mode)
     go(mode, 10)
-    return _held[whole].mode
+    return _held[whole][0].mode
 
 
 def go(mode: str, steps: int = 0, seconds: float = 0.0) -> tuple[int, float]:
     """Steps of the run that stands in a mode, so many or for so long: how many, in what time."""
-    run = _held[mode.startswith("step")]
-    epochs = run.draw(0), run.draw(1)
+    run, epochs = _held[mode.startswith("step")]
     _synchronize(run.device)
     began, done = time.perf_counter(), 0
     while done < steps or time.perf_counter() - began < seconds:
-        run.step = done % len(run.bounds)  # the schedule's first epoch again and again: a time may be longer than a run
+        run.step = done % len(run.bounds)  # the schedule's first epoch, again and again: a time may be longer than a run
         run.advance(epochs[done // len(run.bounds) % 2], *run.bounds[run.step])
         done += 1
         if done % 20 == 0:
@@ -158,11 +158,11 @@ def weights(run: train.Run) -> Tensor:
 
 
 def _got(what: str, job: Future) -> Any:
-    """What a job returns; None, and a line, where it fails. Raises SidaeError where its process has died."""
+    """What a job returns; None, and a line, where it fails."""
     try:
         return job.result()
-    except BrokenExecutor as e:
-        raise SidaeError(f"A process died at {what}; it may need more memory than is free.") from e
+    except BrokenExecutor:  # no job of that process can follow
+        raise
     except Exception as e:  # whatever a compiler or a driver raises
         print(f"{what} is left out: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
         return None
@@ -178,7 +178,7 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
         print("A rehearsal at toy size, since the device is a CPU: it shows that everything runs and measures nothing.")
     elif load("cifar10").name == "noise":
         print(f"cifar10 is not in {paths.data()}: random images of its shape stand in for it, which changes no speed.")
-    groups = GROUPS[:1] if toy else GROUPS  # compiling the whole step takes a CPU a minute
+    groups, kinds = (GROUPS[:1], ("eager",)) if toy else (GROUPS, ("eager", "views"))  # a CPU compiles a step for a minute
     each = seconds / (1 + sum(len(g) + 2 for g in groups))
     configs = {m: config_of(m, toy) for m in METHODS}
     flops = {m: arithmetic(c) / c.batch for m, c in configs.items()}
@@ -195,11 +195,10 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
         all together, 0 where the mode fails."""
         what = f"{mode}, {n} process{'es' * (n > 1)}"
         ran = _got(what, pools[n - 1].submit(stand, METHODS[n - 1], mode, device))
-        if ran != mode:
-            print(f"{what} is left out: it could not be captured and ran as {ran}.") if ran else None
-            return 0.0
-        found = [_got(what, j) for j in [p.submit(go, mode, 0, each) for p in pools[:n]]]
-        if not all(found):
+        if ran and ran != mode:
+            print(f"{what} is left out: it could not be captured and ran as {ran}.")
+        jobs = [p.submit(go, mode, 0, each) for p in pools[:n]] if ran == mode else []
+        if not jobs or not all(found := [_got(what, j) for j in jobs]):
             return 0.0
         rates = {m: done / s for m, (done, s) in zip(METHODS, found)}
         images, rate = {m: r * configs[m].batch for m, r in rates.items()}, sum(rates.values())
@@ -215,7 +214,7 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
         return rate
 
     try:
-        compared = {(m, k): pools[-1].submit(apart, m, k, device) for m in METHODS for k in ("eager", "views")}
+        compared = {(m, k): pools[-1].submit(apart, m, k, device) for m in METHODS for k in kinds}
         ready(groups[0])  # meanwhile
         for (method, kind), job in compared.items():
             what = f"{figures.NAMES[method]}, {kind} graph"
@@ -223,8 +222,8 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
             if ran != f"{kind} graph" or not far <= NEAR:
                 wrong.append(what)
             if ran:
-                print(f"{what}, 20 steps in float32: {far:.1e} of the way moved from single launches, which lie {again:.1e} from "
-                      "each other.")  # fmt: skip
+                print(f"{what}, 20 steps in float32: {far:.1e} of the way moved from single launches; two of these differ "
+                      f"by {again:.1e}.")  # fmt: skip
         best = _got("the arithmetic limit", pools[0].submit(best_rate, device, each)) or math.nan
         print(f"The arithmetic limit, the best rate of a product of bf16 matrices, is {best / 1e12:,.1f} TFLOP/s.")
         print("mode         processes  ms a step  images/s  share of limit  seconds a run  runs in 15 min")
@@ -234,6 +233,8 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
             if rates[-1] > fastest:  # the graph's
                 fastest = rates[-1]
                 all(times(group[-1], n) for n in range(2, len(METHODS) + 1))
+    except BrokenExecutor as e:
+        raise SidaeError("A process of the check died; free memory, here and on the GPU, and check again.") from e
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
