@@ -20,6 +20,11 @@ mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$(dirname "${BASH_SOURCE[0]}")
 export TQDM_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1 SIDAE_RUNS=${SIDAE_RUNS:-$PWD/runs}
 DEVICE=${DEVICE:-cuda} CHECKED=$SIDAE_RUNS/gpu-checked
 
+within() { # within SECONDS: so many, or what is left of all
+    local left=$((60 * MINUTES - SECONDS - 10))
+    echo $(($1 < left ? $1 : left))
+}
+
 part() { # part NAME SECONDS ARGUMENT...: one call of the library, ended after so many seconds if it has not ended by then
     local name=$1 seconds=$2 began=$SECONDS
     shift 2
@@ -36,7 +41,7 @@ learn() { # learn NAME SECONDS ARGUMENT...: trains and evaluates, stops at check
 }
 
 # Processes share the card by MPS; where it does not work they take turns.
-if command -v nvidia-cuda-mps-control >/dev/null && ! echo get_server_list | nvidia-cuda-mps-control >/dev/null 2>&1; then
+if [ "$DEVICE" != cpu ] && command -v nvidia-cuda-mps-control >/dev/null && ! echo get_server_list | nvidia-cuda-mps-control >/dev/null 2>&1; then
     export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
     nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control' EXIT
     if ! timeout 60 python3 -c 'import torch; torch.zeros(1, device="cuda")'; then
@@ -48,10 +53,10 @@ if command -v nvidia-cuda-mps-control >/dev/null && ! echo get_server_list | nvi
 fi
 
 if [ ! -e "$CHECKED" ]; then
-    part check 120 check-gpu --seconds 40 --out "$OUT/step.csv"
+    part check "$(within $([ "$DEVICE" = cpu ] && echo 300 || echo 120))" check-gpu --seconds 40 --out "$OUT/step.csv"
     cat "$OUT/check.log"
     [ -e "$OUT/step.csv" ] && mkdir -p "$SIDAE_RUNS" && touch "$CHECKED"
-    learn sidae $((180 - SECONDS)) --seeds 1 --methods sidae
+    learn sidae "$(within $((SECONDS < 120 ? 180 - SECONDS : 60)))" --seeds 1 --methods sidae
 fi
-learn seeds $((60 * MINUTES - SECONDS)) --seeds "$SEEDS" --jobs "${JOBS:-3}" --methods sidae simsiam dae supervised untrained
-tail -n 3 "$OUT"/*.log
+learn seeds "$(within 86400)" --seeds "$SEEDS" --jobs "${JOBS:-3}" --methods sidae simsiam dae supervised untrained
+for log in "$OUT"/*.log; do echo "== $log" && tail -n 3 "$log"; done

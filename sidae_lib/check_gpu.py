@@ -184,7 +184,8 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
     flops = {m: arithmetic(c) / c.batch for m, c in configs.items()}
     rows: list[dict[str, Any]] = []
     wrong, best, fastest = [], math.nan, 0.0
-    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(len(METHODS) + 1)]  # the last one compares
+    threads = 1 if toy else born["threads"]  # several processes share a CPU's cores
+    pools = [ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) for _ in (*METHODS, "compares")]
 
     def ready(group: Sequence[str]) -> list[Future]:
         """Compiles a group of modes in every process at once."""
@@ -206,7 +207,7 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
                      "ms_per_step": 1000 / rate, "images_per_second": sum(images.values()),
                      "share": sum(flops[m] * i for m, i in images.items()) / best, "seconds_per_run": STEPS / rate,
                      "runs_per_quarter": 900 * rate / STEPS, "steps": sum(done for done, _ in found),
-                     "hardware": born["device"], **{k: born[k] for k in ("cores", "torch", "threads")}})  # fmt: skip
+                     "hardware": born["device"], "cores": born["cores"], "torch": born["torch"], "threads": threads})
         print("{mode:12s} {processes:9d} {ms_per_step:10.2f} {images_per_second:9,.0f} {share:15.1%} {seconds_per_run:14.0f} "
               "{runs_per_quarter:15.1f}".format(**rows[-1]))  # fmt: skip
         if out:
