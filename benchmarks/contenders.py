@@ -1,6 +1,5 @@
 """What is compared: our step and pipeline, and what users would pick instead, each as a warmed-up repeat."""
 
-import math
 import os
 import re
 import tempfile
@@ -17,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from sidae_lib import augment, data, experiments, figures, methods, networks, pairs, paths, runs, train
+from sidae_lib.check_gpu import arithmetic, noise  # noqa: F401  (of `floor` too)
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images, Split
 
@@ -70,13 +69,6 @@ def mine_once(n: int, neighbours: int, device: torch.device) -> Row:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
     return row | {"seconds": seconds} | ({} if neighbours else {"pairs_per_second": n * (n - 1) / 2 / seconds})
-
-
-def noise(n: int) -> Images:
-    """n random training images of CIFAR-10's shape, and a fifth as many for the test."""
-    splits = {name: Split(torch.randint(256, (m, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (m,)))
-              for name, m in (("train", n), ("test", n // 5))}
-    return Images("noise", "noise", "", tuple("0123456789"), (0.5,) * 3, (0.29,) * 3, splits)
 
 
 @lru_cache
@@ -316,37 +308,6 @@ def kornia(bench: Bench, images: Images, batch: int) -> Repeat:
            K.Normalize(torch.tensor(images.mean), torch.tensor(images.std)))  # fmt: skip
     view = nn.Sequential(*ops).to(bench.device)  # same_on_batch is False by default
     return bench.rate(lambda: view(x / 255), batch)
-
-
-def meeting(few: int, wide: int, kernel: int, stride: int, padding: int) -> int:
-    """Along one side: how many taps meet a pixel of the wide map, all places of a convolution taken together."""
-    return sum(0 <= n * stride - padding + tap < wide for n in range(few) for tap in range(kernel))
-
-
-def _forward(x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *_: Any, out_shape: Any
-             ) -> int:  # fmt: skip
-    few, wide = (x, out_shape) if transposed else (out_shape, x)
-    return 2 * x[0] * w[0] * w[1] * math.prod(map(meeting, few[2:], wide[2:], w[2:], stride, padding))
-
-
-def _backward(grad: Any, x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *more: Any,
-              out_shape: Any) -> int:  # fmt: skip
-    wanted = sum(more[-1][:2])  # the gradients of x and of the weight
-    return wanted * _forward(x, w, bias, stride, padding, dilation, transposed, out_shape=grad)
-
-
-def arithmetic(config: RunConfig) -> int:
-    """Floating-point operations of one step, forward and backward, two per multiply-add: those of the convolutions and
-    matrix products, nearly all of them; a convolution's that meet padding alone are none. Counted on tensors without
-    content, so in no time."""
-    with torch.device("meta"):
-        method = methods.build(config)
-        v1, v2, x = (torch.empty(config.batch, config.channels, config.size, config.size) for _ in range(3))
-        stat = torch.empty(config.channels, 1, 1)
-    own = {torch.ops.aten.convolution: _forward, torch.ops.aten.convolution_backward: _backward}
-    with FlopCounterMode(display=False, custom_mapping=own) as counter:
-        method.loss((v1, v2), {"x1": x, "x2": x, "mean": stat, "std": stat})["loss"].backward()
-    return counter.get_total_flops()
 
 
 def product(bench: Bench, n: int, precision: str) -> Repeat:

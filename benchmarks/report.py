@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 SIZES = {"cifar10": 50_000, "mnist": 60_000, "fashion_mnist": 60_000, "stl10": 100_000, "tinyimagenet32": 50_000}
 SHOWN = ["scale", "what", "unit", "median", "spread", "largest", "n", "at", "method", "batch", "size", "precision", "mode",
          "ratio", "of", "share", "accuracy", "low", "high", "host_gib", "device_gib", "pairs", "above_mib", "pairs_per_second",
-         "seconds_million", "recall", "processes", "ms_per_step", "images_per_second", "seconds_per_run"]  # fmt: skip
+         "seconds_million", "recall", "processes", "ms_per_step", "images_per_second", "seconds_per_run",
+         "runs_per_quarter"]  # fmt: skip
 MADE_ON = {"hardware": "{}", "cores": "{} cores", "threads": "{} threads", "torch": "torch {}"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import evaluate, experiments, figures, methods, paths, published, runs, train, verify
+from . import check_gpu, evaluate, experiments, figures, methods, paths, published, runs, train, verify
 from .config import EvalConfig, RunConfig, SidaeError, above_zero
 
 
@@ -122,6 +122,11 @@ def _verify(args: argparse.Namespace) -> int:
     return int(not verify.verify(args.key, device=args.device))
 
 
+def _check_gpu(args: argparse.Namespace) -> int:
+    above_zero(seconds=args.seconds)
+    return check_gpu.check(args.device, args.seconds, args.out)
+
+
 def readme(text: str) -> str:
     """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
     recorded = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
@@ -202,6 +207,12 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--device", default="auto", help="auto, cpu or cuda")
     check.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
     check.set_defaults(call=_verify)
+    gpu = commands.add_parser("check-gpu", help="compare a step's graph with single launches here, and time every mode",
+                              description=check_gpu.__doc__)  # fmt: skip
+    gpu.add_argument("--seconds", type=float, default=60.0, metavar="N", help="of all timings together; compiling on top")
+    gpu.add_argument("--device", default="auto", help="auto, cpu or cuda; cpu: a rehearsal at toy size")
+    gpu.add_argument("--out", type=Path, metavar="FILE", help="also write the times to this CSV")
+    gpu.set_defaults(call=_check_gpu, data=None)
     adopt = commands.add_parser("adopt", help="file finished records of a store or a bundle under records/")
     adopt.add_argument("sources", nargs="+", type=Path, metavar="STORE|FILE")
     adopt.set_defaults(call=_adopt, data=None)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sidae_lib import experiments, networks, runs
+from sidae_lib import check_gpu, experiments, networks, runs, train
 from sidae_lib.config import EvalConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,13 +189,40 @@ def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_gpus_measurement_runs_at_toy_size(tmp_path):
-    """Two processes of two methods, at last side by side; on a CPU the same path without a graph."""
-    arguments = ["--toy", "--device", "cpu", "--seconds", "0.1", "--processes", "2", "--modes", "eager graph", "--out"]
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, str(tmp_path / "step.csv")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+def test_check_gpu_runs_at_toy_size(tmp_path):
+    """Every mode of a CPU, then the last in two and in three processes; the same path as on a GPU, without a graph."""
+    command = [sys.executable, "-m", "sidae_lib", "check-gpu", "--seconds", "1", "--device", "cpu", "--out"]
+    done = subprocess.run([*command, str(tmp_path / "step.csv")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "a graph lies 0.0e+00 of the way moved" in done.stdout  # one thread of a CPU orders its sums
+    first, *lines = done.stdout.splitlines()
+    assert "rehearsal at toy size" in first and "measures nothing" in first
+    assert [s.split(",")[0] for s in lines[:3]] == ["SidAE", "SimSiam", "Autoencoder"]
+    assert all("0.0e+00 of the way moved" in s for s in lines[:3])  # one thread of a CPU orders its sums
     table = pd.read_csv(tmp_path / "step.csv")
-    assert list(table["what"]) == ["step", "side by side", "side by side"] and list(table["processes"]) == [1, 1, 2]
+    assert list(table["mode"]) == ["eager", "views", "views graph", "views graph", "views graph"]
+    assert list(table["processes"]) == [1, 1, 1, 2, 3] and table["method"].iloc[-1] == "sidae + simsiam + dae"
+    assert [s[:12].strip() for s in lines[-5:]] == list(table["mode"])
     assert (table["ms_per_step"] * table["images_per_second"] / 1000).round(3).eq(64).all()  # the batch
+    assert (table["seconds_per_run"] * table["runs_per_quarter"]).round(3).eq(900).all() and (table["share"] > 0).all()
+    assert {*pd.read_csv(ROOT / "benchmarks" / "results" / "cuda" / "step.csv")} < {*table}
+
+
+@pytest.mark.slow
+def test_a_graph_that_does_another_step_is_found(monkeypatch):
+    """A graph that moves each weight by a thousandth of its size once more lies apart; two runs of single launches do not."""
+    advance, cpu = train.Run.advance, torch.device("cpu")
+
+    def wrong(run, *batch):
+        advance(run, *batch)
+        if run.mode.endswith("graph"):
+            torch._foreach_mul_([p.data for p in run.method.parameters()], 1.001)
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # which `apart` sets, to be taken back
+    monkeypatch.setattr(train.Run, "advance", wrong)
+    try:
+        mode, far, again = check_gpu.apart("sidae", "eager", cpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = False, True
+    assert mode == "eager graph" and far > check_gpu.NEAR and again == 0
