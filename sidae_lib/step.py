@@ -165,6 +165,7 @@ class Step:
         self.step, self.sums = 0, dict[str, Tensor]()
         self.tables: dict[str, Tensor] = {}  # of the epoch, a row a step: what is known ahead, on the device
         self.fixed: Drawn | None = None  # a graph's epoch: tensors that stay where they are
+        self.shown: Drawn | None = None  # what was copied there
         self.set_mode(compile_mode(device, self.steps))
 
     def set_mode(self, mode: str) -> None:
@@ -220,6 +221,7 @@ class Step:
             table = self.tables.setdefault(name, torch.empty_like(rows, device=self.device))
             table.copy_(self._pinned(rows), non_blocking=True)
         self.at.fill_(self.step - first)
+        self.shown = drafted
         return self.fixed
 
     def draw(self, epoch: int) -> Drawn:
@@ -284,7 +286,7 @@ class Step:
     def advance(self, drawn: Drawn, a: int, b: int) -> None:
         """One optimiser step on samples a to b of a drawn epoch; of a graph on those that its counter stands at."""
         if self.mode.endswith(" graph") and b - a == self.config.batch:
-            if drawn is not self.fixed:
+            if drawn is not self.fixed and drawn is not self.shown:
                 self.put(drawn)
             self.launch()
             if self.launch.failed:
@@ -295,8 +297,9 @@ class Step:
 
     def _next(self) -> None:
         """The step that the counter stands at: a fixed sequence of kernels on fixed tensors."""
-        rows = self.at * self.config.batch + self.batch
-        known = {name: table.index_select(0, self.at.view(1))[0] for name, table in self.tables.items()}
+        place = self.at % len(self.bounds)
+        rows = place * self.config.batch + self.batch
+        known = {name: table.index_select(0, place.view(1))[0] for name, table in self.tables.items()}
         self.lr.copy_(known.pop("lr"))
         self._take(self.samples(self.fixed, rows), self.lr, **known)
         self.at.add_(1)
