@@ -23,6 +23,7 @@ from .step import Captured
 from .train import batches, lr_at, provenance, seeded, several_classes, strip
 
 DENSE = 200  # classes up to which a record holds its confusion matrix as rows, else its entries that are not zero
+MANY = 1000  # steps of a probe from which capturing them, which takes as long as some hundred, is worth it
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
 
@@ -169,7 +170,7 @@ def _side_by_side(config: EvalConfig, bank: Tensor, y: Tensor, classes: int, see
                 velocity.add_(W, alpha=config.weight_decay)
             W.addcmul_(velocity, lr[n], value=-1)
 
-    launch = Captured(epoch, device)
+    launch = Captured(epoch, device) if steps >= MANY else epoch
     for n in range(config.fit_epochs):  # orders are drawn and sent while the device works on the epoch before
         generators = (torch.Generator().manual_seed(epoch_seed(seed, n)) for seed in seeds)
         order.copy_(networks.sent(torch.stack([torch.randperm(N, generator=g) for g in generators]), device).T)

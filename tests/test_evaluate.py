@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_step import Waits
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from sidae_lib import data, evaluate, experiments, figures, networks, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
@@ -291,6 +293,8 @@ def test_a_changed_backbone_is_caught(images, weights, monkeypatch):
     monkeypatch.setattr(networks, "load", lambda path: load(path).train())  # BatchNorm moves: the mistake it guards
     with pytest.raises(SidaeError, match="^The evaluation changed the frozen backbone's .*\\.$"):
         measure(images, weights, kind="knn")
+    monkeypatch.setattr(networks, "load", load)
+    assert measure(images, weights, kind="knn")["n_test"] == 50  # the changed one is gone
 
 
 def test_fine_tuning_moves_weights_a_frozen_probe_none_and_bn_train_the_statistics(images, weights):
@@ -625,12 +629,15 @@ def test_probes_side_by_side_are_probes_one_by_one(n, changes):
     assert not torch.allclose(together[0][0], together[1][0], atol=1e-2)  # other seeds, other probes
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 def test_an_epoch_of_probes_asks_the_device_for_nothing(device, monkeypatch):
-    """`meta` has no values to ask for, and meets no tensor of the CPU."""
+    """`meta` has no values to ask for; a GPU that is made believe meets no tensor of the CPU."""
     found, launches = [], []
 
     class Watched(evaluate.Captured):
+        def __init__(self, function, _):
+            super().__init__(function, CPU)
+
         def __call__(self):
             with Waits() as waits:
                 super().__call__()
@@ -638,9 +645,13 @@ def test_an_epoch_of_probes_asks_the_device_for_nothing(device, monkeypatch):
             launches.append(self)
 
     monkeypatch.setattr(evaluate, "Captured", Watched)
+    monkeypatch.setattr(evaluate, "MANY", 0)
+    monkeypatch.setattr(networks, "sent", lambda x, device: x.to(device))
     config = EvalConfig(run=RUN, fit_epochs=2, batch=64, repeats=2, weight_decay=0.1, schedule="cosine")
-    evaluate._side_by_side(config, *(t.to(device) for t in mixture(300, 0)), 5, [0, 1000])
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        probes = evaluate._side_by_side(config, *(t.to(device) for t in mixture(300, 0)), 5, [0, 1000])
     assert found == [] and len(launches) == 2 and len(set(launches)) == 1
+    assert all(t.device.type == device for probe in probes for t in probe)
 
 
 def test_repeats_are_probes_of_other_seeds(images, weights):
