@@ -126,6 +126,33 @@ def probe(bench: Bench) -> Rows:
     return rows
 
 
+def evaluations(bench: Bench) -> Rows:
+    """All of one checkpoint of Figure 4's, in a run's own order, so that the first computes the features; then their sum."""
+    scale, name = ("smoke", "digits") if bench.quick else ("paper", "cifar10")
+    every = [e for e in experiments.accuracy_vs_epochs(scale, [name], [0])[1] if e.run.method == "simsiam"]
+    asked = [e for e in every if e.epoch == every[0].epoch]
+    images = c.cut(c.load(name), 256 if bench.quick else 5_000 if bench.device.type == "cpu" else 50_000)
+    spent: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / train.backbone_name(asked[0].epoch)
+        train.Run(asked[0].run, images, bench.device).save_backbone(Path(folder), asked[0].epoch)
+
+        def contender(ask: EvalConfig) -> Contender:
+            def repeat() -> float:
+                if ask is asked[0]:
+                    spent.clear()
+                    weights.touch()  # a new checkpoint, as far as what is kept for the next evaluation goes
+                began = time.perf_counter()
+                evaluate.evaluate(ask, images, weights, device=bench.device)
+                spent.append(time.perf_counter() - began)
+                return spent[-1]
+
+            what, n = f"{ask.kind}, {100 * ask.labels:g} % of labels", len(evaluate.labelled(ask, images)[0])
+            return Contender(what, lambda: (repeat(), repeat)[1], "seconds", info={"n_train": n})
+
+        return measure(bench, [*map(contender, asked), Contender("all of them", lambda: lambda: sum(spent), "seconds")])
+
+
 def growth(bench: Bench) -> Rows:
     def point(what: str, at: int, function: Callable, *args) -> Contender:
         info = {"at": at}
@@ -209,8 +236,8 @@ def floor(bench: Bench) -> Rows:
 
 
 SECTIONS: dict[str, Callable[[Bench], Rows]] = {
-    "pretrain": pretrain, "sidae": sidae, "narrow": narrow, "augment": augmentation, "probe": probe, "growth": growth,
-    "pairs": mining, "floor": floor, "precision": precision}  # fmt: skip
+    "pretrain": pretrain, "sidae": sidae, "narrow": narrow, "augment": augmentation, "probe": probe,
+    "evaluations": evaluations, "growth": growth, "pairs": mining, "floor": floor, "precision": precision}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from sidae_lib import augment, data, experiments, figures, methods, networks, pa
 from sidae_lib.check_gpu import arithmetic, noise  # noqa: F401  (of `floor` too)
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images, Split
+from sidae_lib.step import compiled as fast
 
 from .timing import Bench, Repeat, Row, peak
 
@@ -96,7 +97,7 @@ def learner(run: train.Run, compiled: bool = False) -> Callable[[Tensor, Tensor,
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
             return run.method.loss((v1, v2), batch)["loss"]
 
-    loss = compiled(loss) if compiled else loss
+    loss = fast(loss) if compiled else loss
 
     def learn(*tensors: Tensor) -> None:
         v1, v2, x = (t.to(run.device, non_blocking=True) for t in tensors)
@@ -282,7 +283,7 @@ def ours(bench: Bench, images: Images, batch: int, compiled: bool) -> Repeat:
     views, x = augment.VIEWS["simsiam_cifar"], images.split("train").images[:batch].to(bench.device)
     stats = [torch.tensor(s, device=bench.device) for s in (images.mean, images.std)]
     apply = partial(augment.apply, views.first)
-    apply = compiled(apply) if compiled else apply
+    apply = fast(apply) if compiled else apply
 
     def step() -> None:
         for params in views.draw(batch, 32, torch.default_generator):

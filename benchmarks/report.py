@@ -107,8 +107,8 @@ def report(folder: Path = HERE / "results") -> str:
     reached["measured"] = ["not measured" if pd.isna(v) else f"{v:,.3g}" if v < 100 else f"{v:,.0f}"
                            for v in reached["measured"]]
     parts = [markdown(reached)]
-    sections = ("pretrain", "sidae", "narrow", "augment", "probe", "growth", "pairs", "floor", "precision", "scaling",
-                "devices", "step")  # fmt: skip
+    sections = ("pretrain", "sidae", "narrow", "augment", "probe", "evaluations", "growth", "pairs", "floor", "precision",
+                "scaling", "devices", "step")  # fmt: skip
     for section in (*sections, *(f"cuda/{name}" for name in sections)):
         for where, table in machines(found(section)):
             shown = table[[c for c in SHOWN if c in table and not table[c].isna().all()]]

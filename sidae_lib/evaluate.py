@@ -20,13 +20,59 @@ from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
 from .step import Captured, batches, lr_at, seeded
-from .train import provenance, several_classes, sha256, strip
+from .train import provenance, several_classes, strip
 
 DENSE = 200  # classes up to which a record holds its confusion matrix as rows, else its entries that are not zero
+MANY = 1000  # steps of a probe from which capturing them, which takes as long as some hundred, is worth it
 KINDS = ("linear", "logistic", "knn", "finetune", "classifier", "tsne", "pairs", "report")
 
 
-_recent: dict[tuple, Tensor] = {}  # features lately computed
+class Frozen:
+    """What the evaluations of one checkpoint share: its backbone on the device, a copy of what that was, its file's sha256 and
+    the features it has made of late."""
+
+    def __init__(self, weights: Path, device: torch.device) -> None:
+        self.net, self.device = networks.load(weights), device
+        self.net.to(device, memory_format=torch.channels_last)
+        self.before = {k: v.clone() for k, v in self.net.state_dict().items()}
+        with weights.open("rb") as f:
+            self.sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        self.made: dict[tuple, tuple[Tensor, Tensor]] = {}  # pixels, held so that their id stays theirs, and their features
+
+    def features(self, pixels: Tensor, rows: Tensor, stats: tuple) -> Tensor:
+        """Of pixels[rows], as `networks.features`. Some rows' are taken from those of all where they are there, but on a CPU:
+        there the last bits depend on which images make up a batch, and a record stays what it is."""
+        whole = torch.equal(rows, torch.arange(len(pixels)))
+        of, some = (id(pixels), pixels._version, str(stats)), b"" if whole else rows.numpy().tobytes()
+        if (*of, some) not in self.made:
+            if self.device.type != "cpu" and (*of, b"") in self.made:
+                return self.made[*of, b""][1][rows]
+            for old in list(self.made)[:-3]:  # the test images, and the training images of a few shares of the labels, stay
+                self.made.pop(old, None)
+            x = pixels if whole else pixels[rows]
+            self.made[*of, some] = pixels, features(self.net, x, stats=stats, device=self.device)
+        return self.made[*of, some][1]
+
+    def check(self) -> None:
+        """Raises SidaeError unless the backbone is what it was, SimSiam's sanity check: values and BatchNorm's statistics."""
+        for k, v in self.net.state_dict().items():
+            if not torch.equal(v, self.before[k]):
+                _recent.clear()
+                raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
+
+
+_recent: dict[tuple, Frozen] = {}  # the checkpoint evaluated last, by its file and when that was written
+
+
+def frozen(weights: Path, device: torch.device) -> Frozen:
+    """A checkpoint, opened once for all its evaluations and anew when its file is another."""
+    stat = weights.stat() if weights.exists() else None  # `networks.load` says that it is missing
+    key = weights, device, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    found = _recent.get(key)
+    if found is None:
+        _recent.clear()  # first: two do not have to fit in the device's memory
+        found = _recent[key] = Frozen(weights, device)
+    return found
 
 
 def check(config: EvalConfig) -> None:
@@ -85,7 +131,7 @@ def _fit(config: EvalConfig, y: Tensor, classes: int, width: int, embed: Callabl
 
 def _probes(config: EvalConfig, bank: Tensor, y: Tensor, classes: int) -> list[tuple[Tensor, Tensor]]:
     """Weight and bias of config.repeats probes on features (N, F), of other seeds but else alike: one after the other on a
-    CPU; on a GPU, where a step of one is all waiting, side by side and each step one launch."""
+    CPU; on a GPU, where a step of one is all waiting, side by side and each epoch one launch."""
     seeds = [config.seed + 1000 * r for r in range(config.repeats)]
     if bank.device.type != "cuda":
         fits = [_fit(config, y, classes, bank.shape[1], lambda rows, _: bank[rows], seed=s) for s in seeds]
@@ -93,38 +139,44 @@ def _probes(config: EvalConfig, bank: Tensor, y: Tensor, classes: int) -> list[t
     return _side_by_side(config, bank, y, classes, seeds)
 
 
+@networks.full_float32()
 def _side_by_side(config: EvalConfig, bank: Tensor, y: Tensor, classes: int, seeds: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """As `_fit` on cached features for every seed: R classifiers as one product per step."""
+    """As `_fit` on cached features for every seed: R classifiers as one product per step, the gradient of softmax
+    cross-entropy by hand, an epoch of steps one launch. The bias is the weight of a feature that is 1."""
     own = []
     for seed in seeds:
         with seeded(seed):
             own.append(nn.Linear(bank.shape[1], classes))
-    weight, bias = (nn.Parameter(torch.stack([getattr(fc, k).detach() for fc in own]).to(y.device))
-                    for k in ("weight", "bias"))  # (R, C, F), (R, C)
-    optimizer = torch.optim.SGD([weight, bias], momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
-    bounds = batches(len(y), config.batch, config.keep_last) or [(0, len(y))]
-    steps, R = config.fit_epochs * len(bounds), len(seeds)
-    order = torch.zeros(R, len(y), dtype=torch.long, device=y.device)
-    rates = torch.tensor([lr_at(n, steps, config.lr, config.schedule) for n in range(steps)], device=y.device)
-    at, lr, whole = torch.tensor(0, device=y.device), rates[0].clone(), torch.arange(config.batch, device=y.device)
+    (N, F_), R, device = bank.shape, len(seeds), bank.device
+    x = F.pad(bank, (0, 4 - F_ % 4))  # the 1, and zeros that keep rows aligned; their weights stay zero
+    x[:, F_] = 1
+    W = torch.zeros(R, classes, x.shape[1])
+    W[..., :F_], W[..., F_] = (torch.stack([getattr(fc, k).detach() for fc in own]) for k in ("weight", "bias"))
+    W = W.to(device)
+    velocity, minus = torch.zeros_like(W), -torch.ones(1, 1, 1, device=device)
+    bounds = batches(N, config.batch, config.keep_last) or [(0, N)]
+    steps = config.fit_epochs * len(bounds)
+    rates = torch.tensor([lr_at(n, steps, config.lr, config.schedule) for n in range(steps)]).view(-1, len(bounds)).to(device)
+    order, lr = torch.zeros(N, R, dtype=torch.long, device=device), rates[0].clone()  # of the epoch
 
-    def step(place: Tensor) -> None:
-        lr.copy_(rates.take(at))
-        rows = order.index_select(1, place)  # (R, B)
-        scores = torch.baddbmm(bias[:, None], bank[rows], weight.mT)  # (R, B, C)
-        optimizer.zero_grad()
-        (F.cross_entropy(scores.flatten(0, 1), y[rows].flatten()) * R).backward()  # each the mean over its own batch
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        at.add_(1)
+    def epoch() -> None:
+        truth = y[order]  # (N, R)
+        for n, (a, b) in enumerate(bounds):
+            z = x.index_select(0, order[a:b].view(-1)).view(b - a, R, -1).transpose(0, 1)  # (R, B, F)
+            error = torch.bmm(z, W.mT).softmax(2)  # (R, B, C)
+            error.scatter_add_(2, truth[a:b].T[..., None], minus.expand(R, b - a, 1))
+            velocity.baddbmm_(error.mT, z, beta=config.momentum, alpha=1 / (b - a))
+            if config.weight_decay:
+                velocity.add_(W, alpha=config.weight_decay)
+            W.addcmul_(velocity, lr[n], value=-1)
 
-    launch = Captured(lambda: step(at % len(bounds) * config.batch + whole), y.device)
-    for epoch in range(config.fit_epochs):
-        generators = (torch.Generator().manual_seed(epoch_seed(seed, epoch)) for seed in seeds)
-        order.copy_(torch.stack([torch.randperm(len(y), generator=g) for g in generators]))
-        for a, b in bounds:
-            launch() if b - a == config.batch else step(torch.arange(a, b, device=y.device))
-    return list(zip(weight.detach(), bias.detach()))
+    launch = Captured(epoch, device) if steps >= MANY else epoch
+    for n in range(config.fit_epochs):  # orders are drawn and sent while the device works on the epoch before
+        generators = (torch.Generator().manual_seed(epoch_seed(seed, n)) for seed in seeds)
+        order.copy_(networks.sent(torch.stack([torch.randperm(N, generator=g) for g in generators]), device).T)
+        lr.copy_(rates[n])
+        launch()
+    return [(w[:, :F_], w[:, F_]) for w in W]
 
 
 def _fit_network(config: EvalConfig, net: nn.Module, images: Tensor, y: Tensor, classes: int, stats: tuple
@@ -143,6 +195,7 @@ def _fit_network(config: EvalConfig, net: nn.Module, images: Tensor, y: Tensor, 
     return nn.Sequential(net, fc).eval()
 
 
+@networks.full_float32()
 def knn(x: Tensor, bank: Tensor, labels: Tensor, classes: int, *, k: int, tau: float) -> Tensor:
     """Weighted kNN scores (N, classes): the k nearest by cosine vote with exp(cosine / tau) (arXiv:1805.01978).
 
@@ -150,13 +203,15 @@ def knn(x: Tensor, bank: Tensor, labels: Tensor, classes: int, *, k: int, tau: f
     nearest one's vote, which is 1, so that no tau overflows.
     """
     bank, out = F.normalize(bank, dim=1), []
-    for rows in F.normalize(x, dim=1).split(1000):
+    most = 1000 if x.device.type == "cpu" else 2**27 // len(bank) + 1  # half a GiB of cosines
+    for rows in F.normalize(x, dim=1).split(most):
         cosine, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)  # (n, k)
         votes = torch.zeros(len(rows), classes, device=x.device)
         out.append(votes.scatter_add_(1, labels[index], ((cosine - cosine[:, :1]) / tau).exp()))
     return torch.cat(out)
 
 
+@networks.full_float32()
 def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     """Classes (M,) that multinomial logistic regression on standardised features gives `test`, on the features' device.
 
@@ -173,7 +228,7 @@ def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     std = torch.where(std > 10 * torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)  # a constant feature stays one
     x, test = (((v - mean) / std).to(x.dtype) for v in (x, test))
     penalty, rows = 1 / ((C if K > 2 else C / 2) * N), torch.arange(N, device=x.device)
-    curvature, Q = torch.linalg.eigh((x.mT @ x).double() / N)
+    curvature, Q = (v.to(x.device) for v in torch.linalg.eigh(((x.mT @ x).double() / N).cpu()))  # too small for a GPU
     scale = (curvature.clamp(min=0) / K + penalty).rsqrt()  # W = Q scale V
     x, test = ((v @ (Q * scale).to(v.dtype)) for v in (x, test))
     penalties = penalty * scale.square()[:, None]
@@ -296,66 +351,59 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     threads.fit()
     if config.kind == "pairs" and "train" not in images.splits:  # a pool: its labels, where it has any, serve for this alone
         images = replace(images, splits=dict.fromkeys(("train", "test"), images.split("unlabeled")))
-    began, net = time.perf_counter(), networks.load(weights)
-    net.to(device, memory_format=torch.channels_last)
+    began, shared = time.perf_counter(), frozen(weights, device)
+    net = shared.net
     stats = (net.mean, net.std) if config.stats == "run" else (images.mean, images.std)
     train, scored = labelled(config, images)
     split = images.split("train" if config.score_on == "val" else "test")
+    x, x_test, classes = images.split("train").images, split.images, len(images.classes)  # of which a few may be wanted
     y, y_test = images.split("train").labels[train].to(device), split.labels[scored].to(device)
-    x, x_test, classes = images.split("train").images[train], split.images[scored], len(images.classes)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
 
-    def embed(pixels: Tensor) -> Tensor:
-        """Features, computed once for all the probes of a checkpoint: they are named by what they are made of."""
+    def embed(pixels: Tensor, rows: Tensor) -> Tensor:
+        """Features of pixels[rows]."""
         if config.features != "backbone":
-            return pixels.flatten(1) / 255
+            return pixels[rows].flatten(1) / 255
         if config.bn == "train":  # BatchNorm sees 1,024 images at a time, as in the student report's code
-            return features(copy.deepcopy(net).train(), pixels, stats=stats, device=device, batch=1024)
-        key = (str(weights), weights.stat().st_mtime_ns, hashlib.sha256(pixels.numpy()).digest(), str(stats), device)
-        out = _recent.get(key)
-        if out is None:
-            for old in list(_recent)[:-3]:  # the test images, and the training images of a few shares of the labels, stay
-                _recent.pop(old, None)
-            out = _recent[key] = features(net, pixels, stats=stats, device=device)
-        return out
+            return features(copy.deepcopy(net).train(), pixels[rows], stats=stats, device=device, batch=1024)
+        return shared.features(pixels, rows, stats)
 
     extra: dict[str, Any] = {}
     if config.kind == "report":
         order = torch.randperm(len(y_test), generator=torch.Generator().manual_seed(config.seed))
-        x_test, y_test = x_test[order], y_test[order.to(device)]  # BatchNorm may look at batches, so they are mixed
-        z = embed(x_test)
-        predicted, y_test, y, extra = _report(config, z if config.score_on == "part" else embed(x), y, z, y_test)
+        scored, y_test = scored[order], y_test[order.to(device)]  # BatchNorm may look at batches, so they are mixed
+        z = embed(x_test, scored)
+        predicted, y_test, y, extra = _report(config, z if config.score_on == "part" else embed(x, train), y, z, y_test)
     elif config.kind == "classifier":
         if net.classifier is None or config.data:
             raise SidaeError("kind classifier scores a supervised run's own classifier, on that run's own data set.")
-        predicted = F.linear(embed(x_test), *(t.to(device) for t in net.classifier)).argmax(1)
+        predicted = F.linear(embed(x_test, scored), *(t.to(device) for t in net.classifier)).argmax(1)
     elif config.kind == "pairs":
-        found, extra["pairs"] = _pairs(config, x, y, weights, device)
+        found, extra["pairs"] = _pairs(config, x[train], y, weights, device)
         extra["pairs"]["list"] = [[int(train[a]), int(train[b]), round(s, 6)]
                                   for a, b, s in zip(*(t[:1000].tolist() for t in found))]
         y_test, predicted = (y[torch.cat(ends)] for ends in (found[:2], found[1::-1]))
     elif config.kind in ("knn", "tsne"):
-        predicted = knn(embed(x_test), embed(x), y, classes, k=config.k, tau=config.tau).argmax(1)
+        predicted = knn(embed(x_test, scored), embed(x, train), y, classes, k=config.k, tau=config.tau).argmax(1)
     elif config.kind == "logistic":
-        predicted = logistic(embed(x), y, embed(x_test), config.C)
+        predicted = logistic(embed(x, train), y, embed(x_test, scored), config.C)
         extra["solver"] = "L-BFGS, whitened"
     elif config.kind == "linear" and (config.augment, config.bn) == ("none", "eval"):
-        found = _probes(config, embed(x), y, classes)
-        predicted = torch.stack([F.linear(embed(x_test), *probe).argmax(1) for probe in found])  # (repeats, N)
+        found = _probes(config, embed(x, train), y, classes)
+        z = embed(x_test, scored)
+        predicted = torch.stack([F.linear(z, *probe).argmax(1) for probe in found])  # (repeats, N)
     else:
         changes = config.kind == "finetune" or config.bn == "train"  # then it is a copy that changes
-        model = _fit_network(config, copy.deepcopy(net) if changes else net, x, y, classes, stats)
-        predicted = features(model, x_test, stats=stats, device=device).argmax(1)
+        model = _fit_network(config, copy.deepcopy(net) if changes else net, x[train], y, classes, stats)
+        predicted = features(model, x_test[scored], stats=stats, device=device).argmax(1)
     if config.kind == "tsne":
-        extra = picture(config, embed(x_test), embed(x))
+        extra = picture(config, embed(x_test, scored), embed(x, train))
         rows, points = extra["neighbours"], extra["points"]
-        extra["thumbnails"] = [strip(torch.cat([x_test[[query]], x[row]]) / 255) for query, row in zip(points, rows)]
+        extra["thumbnails"] = [strip(torch.cat([x_test[scored[[query]]], x[train[row]]]) / 255)
+                               for query, row in zip(points, rows)]
         extra["near_labels"] = y[torch.tensor(rows)].tolist()
         extra["neighbours"] = [[int(train[j]) for j in row] for row in rows]
         extra["labels"] = y_test[points].tolist()
-    for k, v in net.state_dict().items():  # SimSiam's sanity check: a frozen backbone is what it was
-        if not torch.equal(v, before[k]):
-            raise SidaeError(f"The evaluation changed the frozen backbone's {k}; its result was thrown away.")
+    shared.check()
 
     predicted = predicted.view(-1, len(y_test))
     cells, times = (t.cpu().numpy() for t in (y_test * classes + predicted).unique(return_counts=True))  # of all repeats
@@ -369,7 +417,7 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     return {
         "config": config.to_dict(), "key": config.key(), "run_key": config.run.key(), "epoch": config.epoch,
         "kind": config.kind, "data": {"name": images.name, "display": images.display},
-        "backbone": sha256(weights.read_bytes()), "accuracy": round(100 * right.double().mean().item(), 4),
+        "backbone": shared.sha256, "accuracy": round(100 * right.double().mean().item(), 4),
         "per_class": [round(100 * good / n, 4) if n else None for good, n in counted], "confusion": (
             confusion.toarray() if classes <= DENSE else np.stack([*confusion.coords, times], 1)).tolist(),
         "classes": list(images.classes), "n_train": len(y), "n_test": len(y_test),

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -362,14 +363,35 @@ def load(path: str | Path) -> nn.Module:
     return net.float().eval()
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a GPU's comes while this thread goes on, out of memory that is not used again before it is there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, neither a GPU's convolutions nor its matrix products take TF32."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
-def features(net: Callable[[Tensor], Tensor], images: Tensor, *, stats: tuple, device: torch.device, batch: int = 250
+@full_float32()
+def features(net: Callable[[Tensor], Tensor], images: Tensor, *, stats: tuple, device: torch.device, batch: int | None = None
              ) -> Tensor:  # fmt: skip
-    """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std)."""
+    """uint8 (N, C, S, S) -> (N, F) float32 on the device, the network in the mode it is in; stats: (mean, std).
+    batch: images at a time, 250 on a CPU and 1,000 elsewhere unless given."""
     mean, std = (torch.tensor(s, device=device).view(-1, 1, 1) for s in stats)
-    chunks = (c.to(device) for c in images.split(batch))
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # float32 on a GPU too
-        return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
+    chunks = (sent(c, device) for c in images.split(batch or (250 if device.type == "cpu" else 1000)))
+    return torch.cat([net(((c / 255 - mean) / std).contiguous(memory_format=torch.channels_last)) for c in chunks])
 
 
 @torch.no_grad()

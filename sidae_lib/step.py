@@ -1,6 +1,7 @@
 """One optimiser step of any method: samples, views, loss, gradient, weights, and what a method moves after it. On a GPU all of
 it is one launch."""
 
+import gc
 import math
 import os
 import shutil
@@ -22,7 +23,7 @@ from .augment import Params
 from .config import RunConfig, epoch_seed
 from .data import Images
 
-_SEEDING = threading.Lock()
+_SEEDING, _CAPTURING = threading.Lock(), threading.Lock()
 Drawn = tuple[Tensor, *tuple[Params, ...]]  # an epoch: (n, 2 or 3) index pairs in their order, and the parameters of each view
 
 
@@ -87,6 +88,18 @@ def _view(name: str, n: int, fast: bool) -> Callable[..., Tensor]:
     return compiled(apply) if fast and ops else apply
 
 
+@contextmanager
+def _uncollected():
+    """One capture at a time, without garbage collection: a graph of an earlier run that is destroyed meanwhile would end it."""
+    with _CAPTURING:
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
+
+
 class Captured:
     """Calls a function without arguments; on a GPU its kernels are captured once and replayed by a single launch.
 
@@ -119,13 +132,16 @@ class Captured:
 
     def _capture(self) -> bool:
         """Whether the function's kernels are in a graph now; capturing runs none of them."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread pins memory meanwhile
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:  # thread_local: another thread pins memory meanwhile; the stream is its own, since torch's is of one device
+            with _uncollected(), torch.cuda.graph(graph, stream=self.aside, capture_error_mode="thread_local"):
                 self.function()
         except RuntimeError as e:
-            self.failed = True
-            warnings.warn(f"No CUDA graph ({str(e).splitlines()[0]}); the step is taken without one.", stacklevel=2)
+            self.failed, cause = True, e
+            torch.cuda.set_stream(here)  # which torch 2.11 does not
+            while isinstance(cause.__context__, RuntimeError):  # the first of them says why
+                cause = cause.__context__
+            warnings.warn(f"No CUDA graph ({str(cause).splitlines()[0]}); the step is taken without one.", stacklevel=2)
             return False
         self.graph = graph
         return True
@@ -166,6 +182,7 @@ class Step:
         self.tables: dict[str, Tensor] = {}  # of the epoch, a row a step: what is known ahead, on the device
         self.fixed: Drawn | None = None  # a graph's epoch: tensors that stay where they are
         self.shown: Drawn | None = None  # what was copied there
+        self.place = 0  # of the batch in the epoch that the counter on the device stands at
         self.set_mode(compile_mode(device, self.steps))
 
     def set_mode(self, mode: str) -> None:
@@ -220,7 +237,6 @@ class Step:
             rows = torch.stack([torch.as_tensor(k[name], dtype=torch.double) for k in known])
             table = self.tables.setdefault(name, torch.empty_like(rows, device=self.device))
             table.copy_(self._pinned(rows), non_blocking=True)
-        self.at.fill_(self.step - first)
         self.shown = drafted
         return self.fixed
 
@@ -284,10 +300,13 @@ class Step:
         return {"lr": lr, **self.method.ahead(step + 1, self.steps)}
 
     def advance(self, drawn: Drawn, a: int, b: int) -> None:
-        """One optimiser step on samples a to b of a drawn epoch; of a graph on those that its counter stands at."""
+        """One optimiser step on samples a to b of a drawn epoch."""
         if self.mode.endswith(" graph") and b - a == self.config.batch:
             if drawn is not self.fixed and drawn is not self.shown:
                 self.put(drawn)
+            if self.place != (place := a // self.config.batch):
+                self.at.fill_(place)
+            self.place = place + 1
             self.launch()
             if self.launch.failed:
                 self.set_mode(after(self.mode))
@@ -297,9 +316,8 @@ class Step:
 
     def _next(self) -> None:
         """The step that the counter stands at: a fixed sequence of kernels on fixed tensors."""
-        place = self.at % len(self.bounds)
-        rows = place * self.config.batch + self.batch
-        known = {name: table.index_select(0, place.view(1))[0] for name, table in self.tables.items()}
+        rows = self.at * self.config.batch + self.batch
+        known = {name: table.index_select(0, self.at.view(1))[0] for name, table in self.tables.items()}
         self.lr.copy_(known.pop("lr"))
         self._take(self.samples(self.fixed, rows), self.lr, **known)
         self.at.add_(1)

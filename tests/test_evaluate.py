@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_step import Waits
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from sidae_lib import data, evaluate, experiments, figures, networks, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
@@ -278,6 +280,7 @@ def test_fine_tuning_is_a_plain_loop(changes, images, weights):
 @pytest.mark.parametrize("changes", [{"kind": "finetune"}, {"bn": "train"}, {"augment": "simsiam_cifar"}, {}], ids=str)
 def test_the_backbone_stays_what_it_was(changes, images, weights, monkeypatch):
     loaded, load, before = [], networks.load, weights.read_bytes()
+    monkeypatch.setattr(evaluate, "_recent", {})
     monkeypatch.setattr(networks, "load", lambda path: loaded.append(load(path)) or loaded[-1])
     record = measure(images, weights, **changes)
     assert record["n_train"] == 97 and weights.read_bytes() == before
@@ -291,6 +294,8 @@ def test_a_changed_backbone_is_caught(images, weights, monkeypatch):
     monkeypatch.setattr(networks, "load", lambda path: load(path).train())  # BatchNorm moves: the mistake it guards
     with pytest.raises(SidaeError, match="^The evaluation changed the frozen backbone's .*\\.$"):
         measure(images, weights, kind="knn")
+    monkeypatch.setattr(networks, "load", load)
+    assert measure(images, weights, kind="knn")["n_test"] == 50  # the changed one is gone
 
 
 def test_fine_tuning_moves_weights_a_frozen_probe_none_and_bn_train_the_statistics(images, weights):
@@ -508,22 +513,92 @@ def test_bad_input_is_one_sentence(name, kind, images, weights):
     assert text in message and "\n" not in message and message.endswith(".")
 
 
-def test_features_are_computed_once_per_checkpoint_and_set(images, weights, trained, monkeypatch):
-    """Three probes meet two sets of pixels; other labels, other weights or other pixels are computed for themselves."""
-    seen, features = [], evaluate.features
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    """Numbers of images whose features are computed, and paths of the weights that are read, from an empty cache on."""
+    seen, features, load = [], evaluate.features, networks.load
     monkeypatch.setattr(evaluate, "_recent", {})
     monkeypatch.setattr(evaluate, "features", lambda net, x, **more: seen.append(len(x)) or features(net, x, **more))
+    monkeypatch.setattr(networks, "load", lambda path: seen.append(path) or load(path))
+    return seen
+
+
+def test_features_are_computed_once_per_checkpoint_and_set(images, weights, trained, seen):
+    """Three probes meet two sets of pixels; other labels, other weights or other pixels are computed for themselves."""
     for kind in ("linear", "logistic", "knn"):
         measure(images, weights, kind=kind)
-    assert seen == [97, 50]
+    assert seen == [weights, 97, 50]
     measure(images, weights, kind="knn", labels=0.5)
-    assert seen == [97, 50, 48]
+    assert seen[3:] == [48]
     measure(images, trained[SUPERVISED], kind="knn")
-    assert sorted(seen[3:]) == [50, 97]
+    assert seen[4] == trained[SUPERVISED] and sorted(seen[5:]) == [50, 97]
     darker = Images(**{**vars(images), "splits": images.splits | {"test": Split(images.splits["test"].images // 2,
                                                                                 images.splits["test"].labels)}})
+    for same in (darker, images, darker):
+        measure(same, trained[SUPERVISED], kind="knn")
+    assert seen[7:] == [50]
+    darker.splits["test"].images.mul_(2)  # in place
     measure(darker, trained[SUPERVISED], kind="knn")
-    assert seen[5:] == [50]
+    assert seen[8:] == [50]
+
+
+def test_weights_that_are_written_anew_are_read_anew(images, tmp_path, seen):
+    """A file of the same name and size, written in place or put in its place, gives the record of its own weights."""
+    contents, path = [], tmp_path / "backbone-e003.safetensors"
+    for seed in (1, 2):
+        train.Run(RUN.replace(seed=seed), images, CPU).save_backbone(tmp_path, 3)
+        contents.append(path.read_bytes())
+    (old, new), records = contents, []
+    assert len(old) == len(new) and old != new
+    for content in (old, new, old):
+        path.write_bytes(content)
+        records.append(measure(images, path, kind="knn"))
+        assert records[-1]["backbone"] == hashlib.sha256(content).hexdigest()
+    assert records[0]["confusion"] == records[2]["confusion"] != records[1]["confusion"]
+    other = tmp_path / "other"
+    other.write_bytes(new)
+    other.replace(path)
+    assert measure(images, path, kind="knn")["backbone"] == hashlib.sha256(new).hexdigest()
+    assert seen.count(path) == 4 and [n for n in seen if n != path] == [50, 97] * 4
+    path.unlink()
+    with pytest.raises(SidaeError, match="^There is no file"):
+        measure(images, path, kind="knn")
+
+
+def test_off_a_cpu_a_subset_takes_its_features_from_those_of_all(images, weights, seen):
+    """And is computed alone where those are not there; the copies held are few."""
+    shared, x, stats = evaluate.Frozen(weights, CPU), images.split("train").images, ([0.5] * 3, [0.2] * 3)
+    every, some = torch.arange(97), torch.tensor([3, 5, 40])
+    shared.device = torch.device("meta")
+    shared.net.to("meta")
+    assert shared.features(x, some, stats).shape == (3, shared.net.out_features) and seen[1:] == [3]
+    whole = torch.arange(97.0 * 32).view(97, 32)
+    shared.features(x, every, stats)
+    [key] = [k for k in shared.made if k[3] == b""]
+    shared.made[key] = x, whole
+    assert seen[1:] == [3, 97] and torch.equal(shared.features(x, some.flip(0), stats), whole[[40, 5, 3]]) and seen[3:] == []
+    for n in range(9):
+        shared.features(images.split("test").images, torch.tensor([n]), stats)
+    assert len(shared.made) == 4
+
+
+def test_features_are_full_float32(images, weights, monkeypatch):
+    """On a GPU neither convolutions nor products take TF32 within; afterwards they are as they were."""
+    cudnn, found = torch.backends.cudnn, []
+
+    def net(x):
+        found.append((cudnn.allow_tf32, cudnn.benchmark, torch.get_float32_matmul_precision()))
+        return x.flatten(1)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = cudnn.allow_tf32
+        evaluate.features(net, images.split("test").images, stats=((0.0,), (1.0,)), device=CPU)
+        assert found == [(False, False, "highest")]
+        assert (cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (before, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # --- probes side by side, repeats, and what a record says of every image --------------------------------------------
@@ -536,11 +611,15 @@ def mixture(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 16, generator=torch.Generator().manual_seed(9))[y] + 0.7 * torch.randn(n, 16, generator=g), y
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_probes_side_by_side_are_probes_one_by_one(schedule):
-    """Of several seeds, with a short last batch: the weights of each alone within 1e-5, and its predictions."""
-    (x, y), (test, _) = mixture(300, 0), mixture(2000, 1)
-    config = EvalConfig(run=RUN, fit_epochs=5, batch=64, repeats=3, seed=4, schedule=schedule)
+@pytest.mark.parametrize(("n", "changes"), [
+    (300, {}), (300, {"schedule": "cosine"}), (300, {"keep_last": False}), (257, {"weight_decay": 0.01, "momentum": 0.5}),
+    (40, {"lr": 0.2}),
+])  # fmt: skip
+def test_probes_side_by_side_are_probes_one_by_one(n, changes):
+    """Of several seeds, with a short last batch, one of one more, one alone: the weights of each within 1e-5, and its
+    predictions."""
+    (x, y), (test, _) = mixture(n, 0), mixture(2000, 1)
+    config = EvalConfig(run=RUN, fit_epochs=5, batch=64, repeats=3, seed=4, **changes)
     alone = evaluate._probes(config, x, y, 5)
     together = evaluate._side_by_side(config, x, y, 5, [4, 1004, 2004])
     for (weight, bias), (own, own_bias) in zip(together, alone, strict=True):
@@ -551,18 +630,29 @@ def test_probes_side_by_side_are_probes_one_by_one(schedule):
     assert not torch.allclose(together[0][0], together[1][0], atol=1e-2)  # other seeds, other probes
 
 
-def test_a_step_of_probes_asks_the_device_for_nothing(monkeypatch):
-    found = []
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
+def test_an_epoch_of_probes_asks_the_device_for_nothing(device, monkeypatch):
+    """`meta` has no values to ask for; a GPU that is made believe meets no tensor of the CPU."""
+    found, launches = [], []
 
     class Watched(evaluate.Captured):
+        def __init__(self, function, _):
+            super().__init__(function, CPU)
+
         def __call__(self):
             with Waits() as waits:
                 super().__call__()
             found.extend(waits.found)
+            launches.append(self)
 
     monkeypatch.setattr(evaluate, "Captured", Watched)
-    evaluate._side_by_side(EvalConfig(run=RUN, fit_epochs=1, batch=64, repeats=2), *mixture(300, 0), 5, [0, 1000])
-    assert found == []
+    monkeypatch.setattr(evaluate, "MANY", 0)
+    monkeypatch.setattr(networks, "sent", lambda x, device: x.to(device))
+    config = EvalConfig(run=RUN, fit_epochs=2, batch=64, repeats=2, weight_decay=0.1, schedule="cosine")
+    with FakeTensorMode() if device == "cuda" else nullcontext():
+        probes = evaluate._side_by_side(config, *(t.to(device) for t in mixture(300, 0)), 5, [0, 1000])
+    assert found == [] and len(launches) == 2 and len(set(launches)) == 1
+    assert all(t.device.type == device for probe in probes for t in probe)
 
 
 def test_repeats_are_probes_of_other_seeds(images, weights):

@@ -194,6 +194,7 @@ def refused(launch: step.Captured, monkeypatch) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     launch.aside = Stub()
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: None)
     monkeypatch.setattr(torch.cuda, "current_stream", Stub)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)

@@ -93,7 +93,7 @@ class Composed(Method):
 
     def after_step(self, **ahead: Tensor) -> None:
         for k, v in ahead.items():
-            getattr(self, k).copy_(v)
+            getattr(self, k).copy_(v, non_blocking=True)
 
     def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         B = len(views[0])
