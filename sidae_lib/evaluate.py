@@ -348,7 +348,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     from scipy.sparse import coo_array  # as slow to import as the rest of scipy
 
     check(config)
-    threads.fit()
+    if device.type == "cpu":  # a GPU's compiled views would be compiled anew for another number
+        threads.fit()
     if config.kind == "pairs" and "train" not in images.splits:  # a pool: its labels, where it has any, serve for this alone
         images = replace(images, splits=dict.fromkeys(("train", "test"), images.split("unlabeled")))
     began, shared = time.perf_counter(), frozen(weights, device)
