@@ -640,7 +640,7 @@ def test_an_epoch_of_probes_asks_the_device_for_nothing(device, monkeypatch):
             super().__init__(function, CPU)
 
         def __call__(self):
-            with Waits() as waits:
+            with Waits(device) as waits:
                 super().__call__()
             found.extend(waits.found)
             launches.append(self)
