@@ -177,3 +177,34 @@ def test_a_line_of_a_bundle_is_one_write(made, store, monkeypatch):
     monkeypatch.setattr(os, "write", lambda file, line: written.append(line) or write(file, line))
     runs.keep(config, runs.find(config))
     assert written == [bundle.read_bytes()] and written[0].endswith(b"}\n")
+
+
+def test_a_bundle_goes_on_in_another_file_before_it_is_too_large(made, store, monkeypatch):
+    """Its files are adopted together: of an unfinished run a later epoch alone could not say that it belongs."""
+    by_epoch = CONFIGS[3:0:-1]
+    records = [runs.find(c) for c in by_epoch]
+    lines = [runs._line(r) for r in records]
+    monkeypatch.setenv("SIDAE_BUNDLE", str(store / "records.jsonl"))
+    monkeypatch.setattr(runs, "RECORD_BYTES", len(lines[0]) + len(lines[1]) + 2)
+    for config, record in zip(by_epoch, records):
+        runs.keep(config, record)
+    assert (store / "records.jsonl").read_bytes() == lines[0] + b"\n" + lines[1] + b"\n"
+    assert (store / "records-2.jsonl").read_bytes() == lines[2] + b"\n"
+    assert len(runs.adopt(store / "records.jsonl", log=lambda _: None)) == 3
+    assert runs.adopt(store / "records-2.jsonl", log=lambda _: None) == []  # there already
+
+
+def test_processes_that_write_at_once_break_no_line_and_fill_no_file_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RECORD_BYTES", 2**20)
+    bundle, pids = tmp_path / "records.jsonl", []
+    for p in range(4):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        for n in range(100):
+            runs._append(bundle, b"%d" % p * (100 * n + 1) + b"\n")
+        os._exit(0)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    lines = sorted("".join(f.read_text() for f in tmp_path.iterdir()).splitlines())
+    assert lines == sorted(f"{p}" * (100 * n + 1) for p in range(4) for n in range(100))
+    assert 2 <= len(list(tmp_path.iterdir())) and max(f.stat().st_size for f in tmp_path.iterdir()) <= runs.RECORD_BYTES
