@@ -154,15 +154,18 @@ def outcomes(jobs: list[runs.Job], processes: int, *, device: str, deadline: flo
     until = None if deadline is None else time.time() + deadline - time.monotonic()
     waiting, broken, deaths = list(jobs), set[RunConfig](), Counter[RunConfig]()
     told = stopped = False
+
+    def running() -> list[_Process]:
+        return [p for p in pool if p.job]
+
     log(f"{len(jobs)} runs in {len(pool)} processes")
     with train._Stop().armed() as stop:
         try:
-            while waiting or any(p.job for p in pool):
+            while waiting or running():
                 if stop.signal and not told:
                     told = True
-                    for p in pool:
-                        if p.job:
-                            p.hand_on(stop.signal)
+                    for p in running():
+                        p.hand_on(stop.signal)
                 over = stopped or stop.signal or deadline is not None and time.monotonic() > deadline
                 unfinished = {job.run for job in waiting} | {p.job.run for p in pool if p.job}
                 for job in list(waiting):
@@ -170,16 +173,16 @@ def outcomes(jobs: list[runs.Job], processes: int, *, device: str, deadline: flo
                     if error := runs.lacking(job, broken):
                         waiting.remove(job)
                         broken.add(job.run)
-                        yield job, error, sum(p.job is not None for p in pool)
+                        yield job, error, len(running())
                     elif free and not over and unfinished.isdisjoint(runs.dependencies(job.run)):
                         waiting.remove(job)
                         free.begin(job, until)
-                busy = {p.pipe: p for p in pool if p.job}
+                busy = {p.pipe: p for p in running()}
                 if over and not busy:
                     break
                 for pipe in connection.wait(busy, 0.2):  # then the clock and the signals are looked at
                     p = busy[pipe]  # type: ignore[index]
-                    job, by = cast(runs.Job, p.job), ""
+                    by = ""
                     try:
                         said = p.pipe.recv()
                     except (EOFError, OSError):
@@ -187,7 +190,7 @@ def outcomes(jobs: list[runs.Job], processes: int, *, device: str, deadline: flo
                     if isinstance(said, str):
                         log(said)
                         continue
-                    p.job = None
+                    job, p.job = cast(runs.Job, p.job), None
                     if by and stop.signal:
                         said = _stopped(stop.signal)
                     elif by and deaths[job.run] < DEATHS - 1:
@@ -202,7 +205,7 @@ def outcomes(jobs: list[runs.Job], processes: int, *, device: str, deadline: flo
                         stopped = True
                     elif said:
                         broken.add(job.run)
-                    yield job, said, sum(p.job is not None for p in pool)
+                    yield job, said, len(running())
             if waiting and not stopped:
                 yield waiting[0], _stopped(stop.signal), 0
         finally:
