@@ -1,8 +1,10 @@
 """Records that another machine made are filed once, whole, and only where they belong."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -195,15 +197,22 @@ def test_a_bundle_goes_on_in_another_file_before_it_is_too_large(made, store, mo
 
 
 def test_processes_that_write_at_once_break_no_line_and_fill_no_file_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "RECORD_BYTES", 2**20)
+    """While one looks whether there is room, and writes, the others wait."""
+    monkeypatch.setattr(runs, "RECORD_BYTES", 2**14)
     bundle, pids = tmp_path / "records.jsonl", []
-    for p in range(4):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        for n in range(100):
-            runs._append(bundle, b"%d" % p * (100 * n + 1) + b"\n")
-        os._exit(0)
+    with bundle.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for p in range(4):
+            if pid := os.fork():
+                pids.append(pid)
+                continue
+            held.close()
+            for n in range(100):
+                runs._append(bundle, b"%d" % p * (100 * n + 1) + b"\n")
+            os._exit(0)
+        time.sleep(0.3)
+        assert not bundle.stat().st_size
+        fcntl.flock(held, fcntl.LOCK_UN)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
     lines = sorted("".join(f.read_text() for f in tmp_path.iterdir()).splitlines())
     assert lines == sorted(f"{p}" * (100 * n + 1) for p in range(4) for n in range(100))
