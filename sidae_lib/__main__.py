@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -32,8 +32,8 @@ def _run(args: argparse.Namespace) -> None:
     asked = [*configs, *evals]
     if args.order == "seed":
         asked.sort(key=lambda c: runs._run(c).seed)
-    with _cluster(args) as client:
-        runs.fetch_all(asked, device=args.device, minutes=args.minutes, until=args.until, client=client)
+    runs.fetch_all(asked, device=args.device, minutes=args.minutes, until=args.until, jobs=args.jobs or 1,
+                   client=args.scheduler)  # fmt: skip
     print(f"{args.figure} at scale {args.scale}: {len(configs)} runs and {len(evals)} evaluations are recorded.")
     if tested := [e for e in evals if e.score_on != "val"]:  # what only decides something is no result
         print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in tested]))).to_string())
@@ -45,15 +45,6 @@ def _nice() -> None:
     os.nice(19)
     with suppress(OSError):  # no such file, or no right to write it
         Path("/proc/self/autogroup").write_text("19")
-
-
-def _cluster(args: argparse.Namespace) -> AbstractContextManager[str | None]:
-    """The scheduler's address that --jobs or --scheduler ask for, or None."""
-    if args.jobs in (None, 1):  # one: in this process
-        return nullcontext(args.scheduler)
-    from . import grid  # needs the cluster extra
-
-    return grid.local(args.jobs, args.device)
 
 
 def _kind(device: str) -> str:
@@ -185,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--kinds", nargs="+", metavar="KIND", choices=evaluate.KINDS, help="only evaluations of these kinds: "
                      + ", ".join(evaluate.KINDS))
     run.add_argument("--methods", nargs="+", metavar="NAME", choices=methods.METHODS, help="only runs of these methods")
-    run.add_argument("--bundle", type=Path, metavar="FILE", help="also append every record made in this call to one file")
+    run.add_argument("--bundle", type=Path, metavar="FILE", help="also append every record made in this call to FILE; what "
+                     "would make it larger than 16 MiB goes to FILE-2, FILE-3 ... (before the suffix)")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda")
     run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
     run.add_argument("--until", type=int, metavar="EPOCH", help="train runs without labels to this epoch, evaluate what they "
@@ -193,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--order", choices=("figure", "seed"), default="figure", help="seed: all of seed 0 before seed 1")
     run.add_argument("--nice", action="store_true", help="leave the processor to others, for as long as this terminal lives")
     run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
-    run.add_argument("--jobs", type=int, metavar="N", help="N processes, one per GPU or sharing the cores; 1: this process")
+    run.add_argument("--jobs", type=int, metavar="N", help="N processes, which take the GPUs in turn or divide the "
+                     "cores; 1: this process")
     run.add_argument("--scheduler", metavar="ADDRESS", help="workers of this Dask scheduler, tcp://... or tls://...")
     run.add_argument("--plan", type=float, metavar="HOURS", help="only say what is missing, its time, the machines it takes")
     run.add_argument("--rate", type=float, metavar="N", help="with --plan: images per second where no such run is recorded")

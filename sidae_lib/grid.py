@@ -11,7 +11,7 @@ import queue
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +152,7 @@ def _connect(client: "Client | str") -> "Client":
 
 
 def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadline: float | None, weights: bool,
-             log: Callable) -> Iterator[runs.Outcome]:  # fmt: skip
+             log: Callable) -> Generator[runs.Outcome, None, None]:  # fmt: skip
     """Runs the jobs on the cluster; each is yielded when it is done and its records are kept, with its error if it failed
     and how many are running then.
 

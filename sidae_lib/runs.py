@@ -7,10 +7,10 @@ import re
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .config import EvalConfig, RunConfig, SidaeError, digest, typed
 Config = RunConfig | EvalConfig
 Record = dict[str, Any]
 GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|TITAN|AMD (Radeon|Instinct)")  # what names of CUDA devices begin with
-RECORD_BYTES = 2**24  # of one record file: a run of 200 epochs takes 60 thousand
+RECORD_BYTES = 2**24  # of one file of records: a run of 200 epochs takes 60 thousand
 # An integer of 19 digits or more: JSON, but neither an index nor a count, and too long for a float column.
 LONG = re.compile(r"[\[,:]\s*-?\d{19}")
 
@@ -127,23 +127,44 @@ def keep(config: Config, record: Record) -> Record:
         raise SidaeError(f"The record of {config.key()} cannot be filed: it has {size:.1f} MiB, of at most "
                          f"{RECORD_BYTES >> 20}, or holds a number that is none. Nothing is written.") from e  # fmt: skip
     train.write(folder(config) / _name(config), line)
-    if bundle := os.environ.get("SIDAE_BUNDLE"):  # in one write, so that several processes may share the file
-        file = os.open(bundle, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.write(file, line + b"\n")
-        os.close(file)
+    if bundle := os.environ.get("SIDAE_BUNDLE"):
+        _append(Path(bundle), line + b"\n")
     return record
 
 
+def _parts(bundle: Path) -> Iterator[Path]:
+    """The files of a bundle, without end: records.jsonl, records-2.jsonl, records-3.jsonl ..."""
+    yield bundle
+    for n in count(2):
+        yield bundle.with_stem(f"{bundle.stem}-{n}")
+
+
+def _append(bundle: Path, line: bytes) -> None:
+    """A line, in one write, to the first file of a bundle that has room for it; several processes may share them."""
+    for part in _parts(bundle):
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            size = os.fstat(file).st_size
+            if not size or size + len(line) <= RECORD_BYTES:
+                os.write(file, line)
+                return
+        finally:
+            os.close(file)
+
+
 def _offered(source: Path, log: Callable) -> Iterator[Record]:
-    """The records of a store, or of a bundle, a line each. What is damaged (the last line of a stopped machine) is said."""
+    """The records of a store, or of a bundle with all its files, a line each. What is damaged (the last line of a stopped
+    machine) is said."""
     if source.is_dir():
         yield from every("*", (source,))
         return
-    for n, text in enumerate(source.read_text(errors="replace").splitlines(), 1):
-        try:
-            yield _parsed(text)
-        except UNREADABLE:
-            log(f"Line {n} of {source} is no whole record; it is left out.")
+    for part in takewhile(Path.exists, _parts(source)):
+        for n, text in enumerate(part.read_text(errors="replace").splitlines(), 1):
+            try:
+                yield _parsed(text)
+            except UNREADABLE:
+                log(f"Line {n} of {part} is no whole record; it is left out.")
 
 
 def _weights(records: Iterable[Record]) -> set[tuple[str, str]]:
@@ -437,14 +458,20 @@ def plan(configs: Sequence[Config], *, weights: bool = False, until: int | None 
 Outcome = tuple[Job, Exception | None, int]  # its error if it failed; how many are running elsewhere meanwhile
 
 
-def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Callable) -> Iterator[Outcome]:
+def lacking(job: Job, broken: Collection[RunConfig]) -> SidaeError | None:
+    """Why a job cannot start: it depends on one of these runs."""
+    needed = [r.key() for r in dependencies(job.run) if r in broken]
+    return SidaeError(f"{job.run.method} {job.run.key()} needs the run {needed[0]}, which failed.") if needed else None
+
+
+def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Callable) -> Generator[Outcome, None, None]:
     """One job after the other, in this process; the first that is stopped is the last."""
-    broken = set()
+    broken: set[RunConfig] = set()
     for job in jobs:
         error: SidaeError | None = None  # `compute` raises no other
         try:
-            if needed := [r.key() for r in dependencies(job.run) if r in broken]:
-                raise SidaeError(f"{job.run.method} {job.run.key()} needs the run {needed[0]}, which failed.")
+            if error := lacking(job, broken):
+                raise error
             job.compute(device, deadline, log)
         except SidaeError as e:
             error = e
@@ -455,13 +482,16 @@ def _here(jobs: list[Job], device: torch.device, deadline: float | None, log: Ca
 
 
 def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float | None = None, until: int | None = None,
-              client: Any = None, weights: bool = False, log: Callable[[str], None] = print) -> list[Record]:  # fmt: skip
+              jobs: int = 1, client: Any = None, weights: bool = False, log: Callable[[str], None] = print
+              ) -> list[Record]:  # fmt: skip
     """The records of runs and evaluations, in the order asked for: what is recorded is read, the rest is computed once.
 
-    client: a Dask client or a scheduler's address (default: SIDAE_SCHEDULER), whose workers compute; with weights, the
-    last backbones come back too.  minutes: after so long it stops at a checkpoint and raises train.Stopped, which says
-    what is left.  until: runs without labels stop at a checkpoint after so many epochs, evaluated as far as they have come
-    (encoders of others run whole), then train.Stopped says what is left; a later call goes on bit for bit.
+    jobs: in how many processes of this machine to compute, started in the order asked for; a script that asks for several
+    guards its call with `if __name__ == "__main__"`, as each process imports it.  client: a Dask client or a scheduler's
+    address (default: SIDAE_SCHEDULER), whose workers compute; with weights, the last backbones come back too.  minutes:
+    after so long it stops at a checkpoint and raises train.Stopped, which says what is left.  until: runs without labels
+    stop at a checkpoint after so many epochs, evaluated as far as they have come (encoders of others run whole), then
+    train.Stopped says what is left; a later call goes on bit for bit.
 
     An evaluation is recorded as training passes its checkpoint.  A damaged file of the store is set aside and computed
     again.  When some fail, with whatever exception, the rest are finished and kept; then one SidaeError names each that failed
@@ -470,36 +500,43 @@ def fetch_all(configs: Sequence[Config], *, device: str = "auto", minutes: float
     minutes = None if minutes is None else typed("minutes", minutes, float)
     if until is not None and typed("until", until, int) < 1:
         raise SidaeError(f"until is an epoch to train to, at least 1, not {until}.")
+    if typed("jobs", jobs, int) < 1:
+        raise SidaeError(f"There must be at least one job, not {jobs}.")
     for config in configs:  # every name is looked up before the first hour is spent
         methods.check(_run(config))
         if isinstance(config, EvalConfig):
             evaluate.check(config)
-    client = client or os.environ.get("SIDAE_SCHEDULER")
+    client = None if jobs > 1 else client or os.environ.get("SIDAE_SCHEDULER")
     here = train.device_of("cpu" if client else device)  # a worker chooses its own
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    jobs = plan(configs, weights=weights, until=until, log=log)
-    if client and jobs:
+    planned = plan(configs, weights=weights, until=until, log=log)
+    if jobs > 1 and planned:
+        from . import processes
+
+        outcomes = processes.outcomes(planned, jobs, device=device, deadline=deadline, log=log)
+    elif client and planned:
         from . import grid
 
-        outcomes = grid.outcomes(jobs, client, device=device, deadline=deadline, weights=weights, log=log)
+        outcomes = grid.outcomes(planned, client, device=device, deadline=deadline, weights=weights, log=log)
     else:
-        outcomes = _here(jobs, here, deadline, log)
+        outcomes = _here(planned, here, deadline, log)
     failed: dict[str, Exception] = {}
     stopped, began = None, time.monotonic()
-    for n, (job, error, running) in enumerate(outcomes, 1):
-        if isinstance(error, train.Stopped):
-            stopped = error
-        elif error:
-            failed[f"{job.run.method} {job.run.key()}"] = error
-        if len(jobs) > 1:
-            left = (time.monotonic() - began) / n * (len(jobs) - n)
-            now = f"{running} running, " if client else ""
-            log(f"{n} of {len(jobs)} runs done, {now}{len(failed)} failed, about {left / 60:.1f} min left")
+    with closing(outcomes):  # whatever is raised here, nothing computes on elsewhere
+        for n, (job, error, running) in enumerate(outcomes, 1):
+            if isinstance(error, train.Stopped):
+                stopped = error
+            elif error:
+                failed[f"{job.run.method} {job.run.key()}"] = error
+            if len(planned) > 1:
+                left = (time.monotonic() - began) / n * (len(planned) - n)
+                now = f"{running} running, " if client or jobs > 1 else ""
+                log(f"{n} of {len(planned)} runs done, {now}{len(failed)} failed, about {left / 60:.1f} min left")
     if stopped:
         sentence = f"{stopped} {len(missing(configs))} of {len(set(configs))} records are left."
         raise _as_one(sentence + f" {len(failed)} runs failed." * bool(failed), failed, train.Stopped)
     if failed:
-        sentence = f"{len(failed)} of {len(jobs)} runs failed, the rest are kept."
+        sentence = f"{len(failed)} of {len(planned)} runs failed, the rest are kept."
         raise _as_one(sentence, failed) from next(iter(failed.values()))
     if until is not None and (left := len(missing(configs))):
         raise train.Stopped(f"Trained to epoch {until}: {left} of {len(set(configs))} records are left; the same call with a "

@@ -1,8 +1,10 @@
 """Records that another machine made are filed once, whole, and only where they belong."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,41 @@ def test_a_line_of_a_bundle_is_one_write(made, store, monkeypatch):
     monkeypatch.setattr(os, "write", lambda file, line: written.append(line) or write(file, line))
     runs.keep(config, runs.find(config))
     assert written == [bundle.read_bytes()] and written[0].endswith(b"}\n")
+
+
+def test_a_bundle_goes_on_in_another_file_before_it_is_too_large(made, store, monkeypatch):
+    """Its files are adopted together: of an unfinished run a later epoch alone could not say that it belongs."""
+    by_epoch = CONFIGS[3:0:-1]
+    records = [runs.find(c) for c in by_epoch]
+    lines = [runs._line(r) for r in records]
+    monkeypatch.setenv("SIDAE_BUNDLE", str(store / "records.jsonl"))
+    monkeypatch.setattr(runs, "RECORD_BYTES", len(lines[0]) + len(lines[1]) + 2)
+    for config, record in zip(by_epoch, records):
+        runs.keep(config, record)
+    assert (store / "records.jsonl").read_bytes() == lines[0] + b"\n" + lines[1] + b"\n"
+    assert (store / "records-2.jsonl").read_bytes() == lines[2] + b"\n"
+    assert len(runs.adopt(store / "records.jsonl", log=lambda _: None)) == 3
+    assert runs.adopt(store / "records-2.jsonl", log=lambda _: None) == []  # there already
+
+
+def test_processes_that_write_at_once_break_no_line_and_fill_no_file_over(tmp_path, monkeypatch):
+    """While one looks whether there is room, and writes, the others wait."""
+    monkeypatch.setattr(runs, "RECORD_BYTES", 2**14)
+    bundle, pids = tmp_path / "records.jsonl", []
+    with bundle.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for p in range(4):
+            if pid := os.fork():
+                pids.append(pid)
+                continue
+            held.close()
+            for n in range(100):
+                runs._append(bundle, b"%d" % p * (100 * n + 1) + b"\n")
+            os._exit(0)
+        time.sleep(0.3)
+        assert not bundle.stat().st_size
+        fcntl.flock(held, fcntl.LOCK_UN)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    lines = sorted("".join(f.read_text() for f in tmp_path.iterdir()).splitlines())
+    assert lines == sorted(f"{p}" * (100 * n + 1) for p in range(4) for n in range(100))
+    assert 2 <= len(list(tmp_path.iterdir())) and max(f.stat().st_size for f in tmp_path.iterdir()) <= runs.RECORD_BYTES

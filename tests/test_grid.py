@@ -161,11 +161,13 @@ def test_no_scheduler_is_one_sentence(store):
 
 
 @slow
-def test_without_the_extra_the_rest_works():
+def test_without_the_extra_the_rest_works(store):
     code = ("import sys; sys.modules.update(dict.fromkeys(['distributed', 'dask']))\n"
             "from sidae_lib import __main__\n"
-            "sys.exit(__main__.main(['run', 'sidae_step_by_step', '--scale', 'smoke', '--jobs', '2']))")  # fmt: skip
+            "asked = ['run', 'sidae_step_by_step', '--scale', 'smoke', '--device', 'cpu']\n"
+            "sys.exit(__main__.main([*asked, '--scheduler', 'tcp://127.0.0.1:9']) + __main__.main([*asked, '--jobs', '2']))")
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True)
+    assert "1 runs and 0 evaluations are recorded" in done.stdout
     assert done.returncode == 2 and 'pip install "sidae-lib[cluster]"' in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -461,13 +463,6 @@ def test_slurm(certificates):
     for line in ("-n 1", "--cpus-per-task=8", "--mem=30G", "-t 12:00:00", "--gres=gpu:1"):
         assert f"#SBATCH {line}" in job.splitlines(), job
     assert "--nthreads 1" in job and "--resources GPU=1" in job and "tls://" in job and "--tls-key" in job
-    assert len(list(runs.every("record"))) == 1
-
-
-@slow
-def test_command_line_with_jobs(store):
-    done = cli("run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu", "--jobs", "2")
-    assert done.returncode == 0 and "1 runs on 2 workers at tcp://127.0.0.1:" in done.stdout, done.stderr
     assert len(list(runs.every("record"))) == 1
 
 
