@@ -29,7 +29,7 @@ def trajectory(config, mode: str, nudge: float = 0.0) -> tuple[torch.Tensor, tor
     return torch.tensor(losses), torch.cat([p.detach().flatten() for p in run.method.parameters()])
 
 
-@pytest.mark.parametrize("mode", ["views", "views graph", pytest.param("step", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["views", pytest.param("step", marks=pytest.mark.slow)])
 def test_compiled_equals_plain(config, mode):
     losses, weights = trajectory(config, "eager")
     nudged = [trajectory(config, "eager", n) for n in (1e-7, -1e-7, 2e-7)]

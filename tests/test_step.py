@@ -134,7 +134,9 @@ def ended(run: train.Run, steps: int) -> dict[str, torch.Tensor]:
 SCHEDULES = {"constant": {"schedule": "constant"}, "steps": {"schedule": "steps"}, "warm-up": {"warmup": 0.3}, "adam": {
     "optimizer": "adam", "lr": 1e-3, "momentum": 0.9}, "biases decay": {"decay_bias": True}, "the predictor's rate stays": {
     "predictor_lr": "constant"}}  # fmt: skip
-VARIED = [(name, {}) for name in EVERY] + [("sidae", changes) for changes in SCHEDULES.values()]
+VARIED = [*((name, {}) for name in EVERY), *(
+    pytest.param("sidae", changes, marks=() if name == "adam" else pytest.mark.slow)
+    for name, changes in SCHEDULES.items())]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, changes", VARIED, ids=[*EVERY, *SCHEDULES])
