@@ -18,12 +18,14 @@ from .config import RunConfig, SidaeError
 
 
 def multiplied(few: int, wide: int, kernel: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether a convolution from a (wide, wide) map to a (few, few) one, or a transposed one back, is a matrix product here.
+    """Whether a convolution from a (wide, wide) map to a (few, few) one, or a transposed one back, is a matrix product here, or
+    the gradient of its weight is (`Halving`).
 
-    On a CPU alone, where few is at most 2: there a kernel mostly meets padding. In bfloat16 always, since torch's backward
-    pass is slow on such maps; else where the matrix has no more entries than the kernel has taps, or the kernel is 1x1.
+    On a CPU alone, where few is at most 2 and the matrix has no more entries than the kernel has taps, or the kernel is 1x1:
+    there a kernel mostly meets padding. In bfloat16 also where few is at most 4 and half of wide, since torch is slow there.
     """
-    return device == "cpu" and few <= 2 and (dtype == torch.bfloat16 or wide <= kernel or kernel == 1)
+    halves = dtype == torch.bfloat16 and few <= 4 and wide == 2 * few
+    return device == "cpu" and (halves or few <= 2 and (wide <= kernel or kernel == 1))
 
 
 def laid(weight: Tensor, few: int, wide: int, stride: int, padding: int) -> Tensor:
@@ -46,17 +48,47 @@ def through(x: Tensor, matrix: Tensor, bias: Tensor | None, side: int) -> Tensor
     return y.view(len(x), side, side, len(matrix) // side**2).permute(0, 3, 1, 2)
 
 
+class Halving(torch.autograd.Function):
+    """torch's convolution of x by weight (a, b, k, k), or its transposed one where the output padding `spare` is given. The
+    gradient of the weight is a product of the small map (B, a, few, few) with the patches of the wide one that its places see:
+    in bfloat16 on small maps torch's own takes up to three times as long."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, spare: int | None = None
+                ) -> Tensor:  # type: ignore[override]  # fmt: skip
+        ctx.save_for_backward(x, weight)
+        ctx.how = stride, padding, spare
+        how = weight, bias, stride, padding
+        return F.conv2d(x, *how) if spare is None else F.conv_transpose2d(x, *how, spare)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x, weight), (s, p, spare), k = ctx.saved_tensors, ctx.how, ctx.saved_tensors[1].shape[-1]
+        if spare is None:
+            few, wide = g, x
+            dx = F.conv_transpose2d(g, weight, None, s, p, x.shape[-1] - (g.shape[-1] - 1) * s + 2 * p - k)
+        else:
+            few, wide, dx = x, g, F.conv2d(g, weight, None, s, p)
+        patches = F.pad(wide.permute(0, 2, 3, 1), (0, 0, p, p, p, p)).unfold(1, k, s).unfold(2, k, s)  # (B, few, few, b, k, k)
+        dw = few.permute(1, 0, 2, 3).flatten(1) @ patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, k * k * wide.shape[1])
+        return (dx, dw.view(len(dw), k, k, -1).permute(0, 3, 1, 2), g.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None,
+                None, None, None)  # fmt: skip
+
+
 class Conv(nn.Conv2d):
     """nn.Conv2d of a square kernel and one group, as a matrix product where `multiplied` says so."""
 
     def forward(self, x: Tensor) -> Tensor:
         (k, _), (s, _), (p, _), (wide, across) = self.kernel_size, self.stride, self.padding, x.shape[2:]  # type: ignore[misc]
-        few = (wide + 2 * p - k) // s + 1
-        if wide != across or not multiplied(few, wide, k, precision(x), x.device.type):
+        few, dtype = (wide + 2 * p - k) // s + 1, precision(x)
+        if wide != across or not multiplied(few, wide, k, dtype, x.device.type):
             return super().forward(x)
-        if k == 1 and not p:  # every place of the map by itself
-            return F.linear(x[:, :, ::s, ::s].permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return through(x, laid(self.weight, few, wide, s, p), self.bias, few)
+        if k == 1 and not p:  # every place of the map by itself; taken from channels_last, so that the gradient is it too
+            return F.linear(x.permute(0, 2, 3, 1)[:, ::s, ::s], self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.to(dtype)  # before it is laid
+        if wide > k:
+            return Halving.apply(x.to(dtype), weight, self.bias, s, p)
+        return through(x, laid(weight, few, wide, s, p), self.bias, few)
 
 
 class ResNet(nn.Module):
@@ -239,10 +271,13 @@ class Doubling(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.device.type != "cpu" and x.shape[2:] == (1, 1) and self.bias is None:
             return self.product(x)
-        few, across = x.shape[2:]
-        if few != across or not multiplied(few, 2 * few, 3, precision(x), x.device.type):
+        (few, across), dtype = x.shape[2:], precision(x)
+        if few != across or not multiplied(few, 2 * few, 3, dtype, x.device.type):
             return super().forward(x)
-        return through(x, laid(self.weight, few, 2 * few, 2, 1).t(), self.bias, 2 * few)
+        weight = self.weight.to(dtype)
+        if few > 1:
+            return Halving.apply(x.to(dtype), weight, self.bias, 2, 1, 1)
+        return through(x, laid(weight, few, 2 * few, 2, 1).t(), self.bias, 2 * few)
 
 
 class Decoder(nn.Module):

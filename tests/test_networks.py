@@ -184,7 +184,7 @@ def test_a_convolution_as_a_product_is_torchs_own(size, kernel, stride, bias, ev
     for layout in (torch.contiguous_format, torch.channels_last):
         x = noise(5, 7, size, size).double().contiguous(memory_format=layout).requires_grad_()
         y, grad = same(ours, theirs, x, noise(5, 9, few, few, seed=1).double())
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.channels_last if size <= kernel or kernel == 1 else layout)
     places = range(0, stride * few, stride)  # of the kernel's centre
     met = [any(0 <= n + t - kernel // 2 < size for n in places) for t in range(kernel)]
     for (i, row), (j, column) in itertools.product(enumerate(met), repeat=2):
@@ -204,20 +204,53 @@ def test_a_doubling_as_a_product_is_torchs_own(size, bias, everywhere):
 
 
 def test_where_convolutions_are_products():
-    """A function of map, kernel, precision and device type, which a resumed run asks again: on a CPU alone, few at most 2."""
+    """A function of map, kernel, precision and device type, which a resumed run asks again: on a CPU alone, few at most 2, in
+    bfloat16 also from 8 to 4."""
     bf16, asked = torch.bfloat16, list(itertools.product(range(1, 9), (1, 3, 7)))
     assert not any(networks.multiplied(few, 2 * few, k, t, d) for few, k in asked for t in (torch.float32, bf16)
                    for d in ("cuda", "meta", "mps"))  # fmt: skip
-    assert all(networks.multiplied(few, 2 * few, k, bf16, "cpu") == (few <= 2) for few, k in asked)
-    for few, wide in ((1, 1), (2, 2), (1, 2), (2, 3)):  # no more entries than taps
-        assert networks.multiplied(few, wide, 3, torch.float32, "cpu") and few**2 * wide**2 <= 9 * few**2
+    assert all(networks.multiplied(few, 2 * few, k, bf16, "cpu") == (few <= 4) for few, k in asked)
+    for (few, wide), t in itertools.product(((1, 1), (2, 2), (1, 2), (2, 3)), (torch.float32, bf16)):
+        assert networks.multiplied(few, wide, 3, t, "cpu") and few**2 * wide**2 <= 9 * few**2  # no more entries than taps
     assert not networks.multiplied(2, 4, 3, torch.float32, "cpu") and networks.multiplied(2, 4, 1, torch.float32, "cpu")
-    assert not networks.multiplied(3, 3, 3, torch.float32, "cpu")
+    assert not networks.multiplied(4, 8, 1, torch.float32, "cpu")
+    assert not any(networks.multiplied(few, few, 3, t, "cpu") for few in (3, 4, 8) for t in (torch.float32, bf16))
 
 
-@pytest.mark.parametrize(("bf16", "products"), [(False, 10), (True, 12)])
+HALVING = [lambda: networks.Conv(24, 40, 1, 2, bias=False), lambda: networks.Conv(24, 40, 3, 2, 1, bias=False),
+           lambda: networks.Conv(24, 40, 3, 2, 1), lambda: Doubling(24, 40), lambda: Doubling(24, 40, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "compiled"), [(2, False), (4, False), (8, False),
+                                                pytest.param(4, True, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("make", HALVING)
+def test_in_bfloat16_small_maps_round_as_torchs_own(make, size, compiled, monkeypatch):
+    """Outputs and gradients of both lie equally far from float32's, and none leaves channels_last, which would be a copy; the
+    weight's gradient is that of both views."""
+    channels_last = {"memory_format": torch.channels_last}
+    layer = make().to(**channels_last)
+    views = [noise(64, 24, size, size, seed=n).contiguous(**channels_last).requires_grad_() for n in (0, 1)]
+    few = 2 * size if isinstance(layer, Doubling) else size // 2
+    g = noise(64, 40, few, few, seed=2).contiguous(**channels_last)
+
+    def out(bf16, own):
+        with monkeypatch.context() as m, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if not own:
+                m.setattr(networks, "multiplied", lambda *_: False)
+            run = torch.compile(layer.forward, fullgraph=True, dynamic=False) if own and compiled else layer
+            ys = [run(x) for x in views]
+        return [*ys, *torch.autograd.grad(ys, [*views, *layer.parameters()], [g.to(y.dtype) for y in ys])]
+
+    for exact, theirs, ours in zip(out(False, False), out(True, False), out(True, True), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        error, bound = (ours - exact).norm() / exact.norm(), (theirs - exact).norm() / exact.norm()
+        assert error <= 1.1 * bound and bound < 0.01
+        assert ours.ndim < 4 or ours.is_contiguous(**channels_last)
+
+
+@pytest.mark.parametrize(("bf16", "products"), [(False, 10), (True, 15)])
 def test_the_papers_networks_on_small_maps(bf16, products, monkeypatch):
-    """The last two stages and the decoder's first layers; in bfloat16 they compute in it, as torch's own would."""
+    """The last two stages and the decoder's first layers, in bfloat16 from 8 to 4 too, which compute in it as torch's own."""
     seen, rule = [], networks.multiplied
     monkeypatch.setattr(networks, "multiplied", lambda *asked: seen.append(rule(*asked)) or seen[-1])
     net = nn.Sequential(ResNet(width=8), nn.Linear(64, 16), Decoder(16, width=64)).to(memory_format=torch.channels_last)
