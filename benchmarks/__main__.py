@@ -218,12 +218,13 @@ def floor(bench: Bench) -> Rows:
     cuda = bench.device.type == "cuda"
     sizes = (64, 128) if bench.quick else (512, 1024, 2048, 4096) + (8192, 16384) * cuda
     out = [Contender("matrix product", partial(c.product, bench, n, p), "GFLOP/s", info={"size": n, "precision": p})
-           for p in ("fp32", "bf16")[: 1 + cuda] for n in sizes]  # fmt: skip
+           for p in ("fp32", "bf16") for n in sizes]  # fmt: skip
     cases = [paper(bench, m, 256) for m in ("simsiam", "sidae", "dae")]
     cases += [] if bench.quick else [(experiments.run("sidae", "cifar10", "laptop"), c.load("cifar10"))]
     for config, images in cases:
-        for compiled in (False,) if bench.quick else (False, True):
-            run = config.replace(precision="bf16" if cuda and compiled else "fp32")
+        kinds = [(False, "fp32"), (True, "bf16")] if cuda else [(False, "fp32"), (True, "fp32"), (False, "bf16")]
+        for compiled, precision in kinds[:1] if bench.quick else kinds:
+            run = config.replace(precision=precision)
             info = {"method": run.method, "width": run.width, "batch": run.batch, "precision": run.precision,
                     "mode": "step" if compiled else "eager", "gflop_per_image": c.arithmetic(run) / run.batch / 1e9}
             out.append(Contender("step alone", partial(c.alone, bench, run, images, compiled), info=info))
