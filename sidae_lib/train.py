@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,20 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@cache
+def _commit() -> str | None:
+    """Of the code that this process was started with, as far as git knows; None where there is none, or none may be run."""
+    with suppress(OSError):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
+        return git.stdout.strip() or None
+    return None
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where and with what a record was made. The commit is None outside of a checkout, and where there is no git."""
-    commit = ""
-    with suppress(OSError):  # no git, or none that may be run
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.ROOT, capture_output=True, text=True)
-        commit = git.stdout.strip()
     cuda = device.type == "cuda"
     return {
-        "package": __version__, "commit": commit or None, "torch": str(torch.__version__),
+        "package": __version__, "commit": _commit(), "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "start": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
