@@ -140,6 +140,10 @@ MUTANTS = [Mutant(*m) for m in (
     ("grid.failure_lost", "sidae_lib/grid.py",
      "result = future.result()\n                error = result.error\n", "result = future.result()\n",
      "tests/test_grid.py::test_a_grid_on_this_machine"),
+    # a run starts beside the one that it depends on
+    ("grid.too_early", "sidae_lib/processes.py",
+     "elif free and not over and unfinished.isdisjoint(runs.dependencies(job.run)):", "elif free and not over:",
+     "tests/test_jobs.py::test_a_run_starts_in_its_turn_when_what_it_depends_on_is_done"),
     # threads of one worker draw initial weights from one generator at the same time
     ("grid.shared_generator", "sidae_lib/step.py",
      "with _SEEDING, torch.random.fork_rng(devices=[]):", "with torch.random.fork_rng(devices=[]):",
