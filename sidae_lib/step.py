@@ -179,10 +179,12 @@ class Step:
         self.paired = not bool((pairs[:, 0] == pairs[:, 1]).all())
         self.support = config.support if "support" in self.method.reads else 0
         self.step, self.sums = 0, dict[str, Tensor]()
-        self.tables: dict[str, Tensor] = {}  # of the epoch, a row a step: what is known ahead, on the device
-        self.fixed: Drawn | None = None  # a graph's epoch: tensors that stay where they are
-        self.shown: Drawn | None = None  # what was copied there
-        self.place = 0  # of the batch in the epoch that the counter on the device stands at
+        # of one launch: tensors that stay where they are, and what they hold now
+        self.fixed: Drawn | None = None  # an epoch's samples
+        self.shown: Drawn | None = None  # which
+        self.tables: dict[str, Tensor] = {}  # a row a step: what is known ahead in an epoch
+        self.told = -1  # in which
+        self.place = 0  # of the batch in it that the counter stands at
         self.set_mode(compile_mode(device, self.steps))
 
     def set_mode(self, mode: str) -> None:
@@ -220,7 +222,7 @@ class Step:
         return t.pin_memory() if self.device.type == "cuda" else t
 
     def put(self, drafted: Drawn) -> Drawn:
-        """A drafted epoch on the run's device; for a graph, where it stays, with the tables of what is known ahead."""
+        """A drafted epoch on the run's device; for a graph, where it stays."""
         if self.fixed is None or not self.mode.endswith(" graph"):
             drawn: Drawn = drafted[0].to(self.device, non_blocking=True), *(
                 {k: v.to(self.device, non_blocking=True) for k, v in p.items()} for p in drafted[1:])  # fmt: skip
@@ -231,12 +233,6 @@ class Step:
             self.lr, self.launch = torch.tensor(0.0, device=self.device), Captured(self._next, self.device)
         for own, new in zip(_tensors(self.fixed), _tensors(drafted), strict=True):
             own.copy_(new, non_blocking=True)
-        first = self.step - self.step % len(self.bounds)
-        known = [self.known(n) for n in range(first, first + len(self.bounds))]
-        for name in known[0]:
-            rows = torch.stack([torch.as_tensor(k[name], dtype=torch.double) for k in known])
-            table = self.tables.setdefault(name, torch.empty_like(rows, device=self.device))
-            table.copy_(self._pinned(rows), non_blocking=True)
         self.shown = drafted
         return self.fixed
 
@@ -299,11 +295,22 @@ class Step:
         lr = lr_at(step, self.steps, c.lr, c.schedule, c.warmup)
         return {"lr": lr, **self.method.ahead(step + 1, self.steps)}
 
+    def _tell(self, epoch: int) -> None:
+        """What is known ahead of each step of an epoch, to the tables that a graph reads."""
+        self.told, first = epoch, epoch * len(self.bounds)
+        known = [self.known(n) for n in range(first, first + len(self.bounds))]
+        for name in known[0]:
+            rows = torch.stack([torch.as_tensor(k[name], dtype=torch.double) for k in known])
+            table = self.tables.setdefault(name, torch.empty_like(rows, device=self.device))
+            table.copy_(self._pinned(rows), non_blocking=True)
+
     def advance(self, drawn: Drawn, a: int, b: int) -> None:
         """One optimiser step on samples a to b of a drawn epoch."""
         if self.mode.endswith(" graph") and b - a == self.config.batch:
             if drawn is not self.fixed and drawn is not self.shown:
                 self.put(drawn)
+            if self.told != (epoch := self.step // len(self.bounds)):
+                self._tell(epoch)
             if self.place != (place := a // self.config.batch):
                 self.at.fill_(place)
             self.place = place + 1

@@ -72,6 +72,7 @@ def elsewhere(monkeypatch):
 def test_a_step_never_waits_for_the_device(name, elsewhere):
     run = of(name, "eager graph")
     run.draw(0)
+    run._tell(0)
     with Waits("meta"):
         run._next()  # makes the sums and what the optimiser keeps
     with Waits("meta") as waits:
@@ -155,6 +156,17 @@ def test_the_counted_step_is_the_plain_step(name, changes):
     assert plain.keys() == counted.keys()
     for k, v in plain.items():
         torch.testing.assert_close(counted[k], v, rtol=1e-4, atol=1e-5, msg=lambda text, k=k: f"{k}: {text}")
+
+
+def test_an_epoch_that_is_met_again_has_its_own_rates():
+    """Whoever calls `advance` with the samples of one epoch over and over gets the rates and momenta of every step."""
+    plain, counted = (of("byol", mode) for mode in ("eager", "eager graph"))
+    for run in (plain, counted):
+        drawn = run.draw(0)
+        for n in range(run.steps):
+            run.advance(drawn, *run.bounds[n % len(run.bounds)])
+    for k, v in plain.state().items():
+        torch.testing.assert_close(counted.state()[k], v, rtol=1e-4, atol=1e-5)
 
 
 def test_a_momentum_near_one_is_not_rounded():
