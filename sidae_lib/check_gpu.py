@@ -22,6 +22,7 @@ from .data import Images, Split
 
 METHODS = ("sidae", "simsiam", "dae")  # of the first, second and third process
 GROUPS = (("eager", "views", "views graph"), ("step", "step graph"))  # of modes; a group compiles once and ends in a graph
+TOY = (("eager", "eager graph"),)  # a CPU compiles for minutes
 STEPS = 19_400  # of a run of 200 epochs on CIFAR-10
 NEAR = 1e-4  # relative
 
@@ -178,7 +179,7 @@ def check(name: str, seconds: float, out: Path | None = None) -> int:
         print("A rehearsal at toy size, since the device is a CPU: it shows that everything runs and measures nothing.")
     elif load("cifar10").name == "noise":
         print(f"cifar10 is not in {paths.data()}: random images of its shape stand in for it, which changes no speed.")
-    groups, kinds = (GROUPS[:1], ("eager",)) if toy else (GROUPS, ("eager", "views"))  # a CPU compiles a step for a minute
+    groups, kinds = (TOY, ("eager",)) if toy else (GROUPS, ("eager", "views"))
     each = seconds / (1 + sum(len(g) + 2 for g in groups))
     configs = {m: config_of(m, toy) for m in METHODS}
     flops = {m: arithmetic(c) / c.batch for m, c in configs.items()}

@@ -93,15 +93,15 @@ MUTANTS = [Mutant(*m) for m in (
     # fields that are 0 or false leave the key
     ("store.key", "sidae_lib/config.py",
      "            if value != f.default:", "            if value and value != f.default:", "tests/test_config.py"),
-    ("store.lock", "sidae_lib/runs.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH",
+    ("store.lock", "sidae_lib/runs.py", "fcntl.flock(f, fcntl.LOCK_EX)", "fcntl.flock(f, fcntl.LOCK_SH)",
      "tests/test_runs.py::test_who_works_on_a_run_shares_it_with_nobody"),
     ("store.rename_first", "sidae_lib/train.py",
      "            os.fsync(f.fileno())\n        os.replace(temporary, path)\n",
      "            os.replace(temporary, path)\n            os.fsync(f.fileno())\n",
      "tests/test_train.py::test_what_gets_its_name_is_on_the_disk_whole"),
-    # processes that share a bundle tear each other's lines
-    ("store.torn_lines", "sidae_lib/runs.py",
-     'os.write(file, line + b"\\n")', 'os.write(file, line)\n        os.write(file, b"\\n")', "tests/test_adopt.py"),
+    # processes that share a bundle look for room at the same time
+    ("store.bundle", "sidae_lib/runs.py",
+     "fcntl.flock(file, fcntl.LOCK_EX)", "pass", "tests/test_adopt.py"),
 
     ("checkpoints.seal", "sidae_lib/train.py",
      '            if meta.pop("seal") != sha256(packed(tensors, meta)):\n                raise ValueError\n',

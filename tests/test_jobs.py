@@ -125,13 +125,13 @@ def test_the_command_finishes_a_seed_of_all_methods_before_the_next(store, cli):
 
 @slow
 def test_whatever_ends_the_caller_every_run_stops_at_a_checkpoint(store):
-    """Ctrl-C, which reaches all processes of a terminal; a signal to the caller alone; the caller killed."""
+    """Ctrl-C, which reaches all processes of a terminal; the caller killed."""
     code = ("import sys\nfrom sidae_lib import __main__, experiments\nfrom sidae_lib.config import EvalConfig\n"
             "configs = [experiments.run('simsiam', 'digits', 'smoke', n, epochs=5000) for n in range(3)]\n"
             "experiments.FIGURES['long'] = lambda *a, **k: (configs, [EvalConfig(run=c, kind='knn', k=5, epoch=0)\n"
             "                                                         for c in configs])\n"
             "sys.exit(__main__.main(['run', 'long', '--jobs', '2', '--device', 'cpu']))")  # fmt: skip
-    ways = {"int": (os.killpg, signal.SIGINT), "term": (os.kill, signal.SIGTERM), "kill": (os.kill, signal.SIGKILL)}
+    ways = {"int": (os.killpg, signal.SIGINT), "kill": (os.kill, signal.SIGKILL)}
     env = os.environ | {"PYTHONPATH": str(paths.ROOT), "CXX": "none"}
     callers = {name: subprocess.Popen([sys.executable, "-P", "-c", code], cwd=store, start_new_session=True, text=True,
                                       env=env | {"SIDAE_RUNS": str(store / name)}, stdout=subprocess.PIPE,
