@@ -148,7 +148,7 @@ def test_a_step_is_what_it_was_to_the_bit(name, changes):
         assert torch.equal(new[k], v), k
 
 
-@pytest.mark.parametrize("name, changes", VARIED, ids=[*EVERY, *SCHEDULES])
+@pytest.mark.parametrize("name, changes", [*VARIED[: len(EVERY)], ("sidae", SCHEDULES["adam"])], ids=[*EVERY, "adam"])
 def test_the_counted_step_is_the_plain_step(name, changes):
     """Two epochs, samples, rates and momenta read at a place that the device counts: the plain loop's weights, statistics and
     sums. The rate is a float32 there, a double here, and this is all that differs."""
