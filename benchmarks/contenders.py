@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from sidae_lib import augment, data, experiments, figures, methods, networks, pairs, paths, runs, train
+from sidae_lib import augment, check_gpu, experiments, figures, methods, networks, pairs, paths, runs, train
 from sidae_lib.check_gpu import arithmetic, noise  # noqa: F401  (of `floor` too)
-from sidae_lib.config import EvalConfig, RunConfig, SidaeError
+from sidae_lib.config import EvalConfig, RunConfig
 from sidae_lib.data import Images, Split
 from sidae_lib.step import compiled as fast
 
@@ -74,11 +74,10 @@ def mine_once(n: int, neighbours: int, device: torch.device) -> Row:
 
 @lru_cache
 def load(name: str) -> Images:
-    try:
-        return data.load(name)
-    except SidaeError:
+    images = check_gpu.load(name)
+    if images.name == "noise":
         print(f"{name} is not in {paths.data()}: random images of CIFAR-10's shape stand in for it.")
-        return noise(50_000)
+    return images
 
 
 def cut(images: Images, n: int) -> Images:

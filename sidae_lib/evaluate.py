@@ -2,7 +2,6 @@
 
 import base64
 import copy
-import hashlib
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from .config import EvalConfig, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
 from .step import Captured, batches, lr_at, seeded
-from .train import provenance, several_classes, strip
+from .train import provenance, several_classes, sha256, strip
 
 DENSE = 200  # classes up to which a record holds its confusion matrix as rows, else its entries that are not zero
 MANY = 1000  # steps of a probe from which capturing them, which takes as long as some hundred, is worth it
@@ -35,8 +34,7 @@ class Frozen:
         self.net, self.device = networks.load(weights), device
         self.net.to(device, memory_format=torch.channels_last)
         self.before = {k: v.clone() for k, v in self.net.state_dict().items()}
-        with weights.open("rb") as f:
-            self.sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        self.sha256 = sha256(weights.read_bytes())
         self.made: dict[tuple, tuple[Tensor, Tensor]] = {}  # pixels, held so that their id stays theirs, and their features
 
     def features(self, pixels: Tensor, rows: Tensor, stats: tuple) -> Tensor:

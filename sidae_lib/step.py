@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +223,12 @@ class Step:
 
     def put(self, drafted: Drawn) -> Drawn:
         """A drafted epoch on the run's device; for a graph, where it stays."""
-        if self.fixed is None or not self.mode.endswith(" graph"):
-            drawn: Drawn = drafted[0].to(self.device, non_blocking=True), *(
+        if not self.mode.endswith(" graph"):
+            return drafted[0].to(self.device, non_blocking=True), *(
                 {k: v.to(self.device, non_blocking=True) for k, v in p.items()} for p in drafted[1:])  # fmt: skip
-            if not self.mode.endswith(" graph"):
-                return drawn
-            self.fixed = drawn[0].clone(), *({k: v.clone() for k, v in p.items()} for p in drawn[1:])
+        if self.fixed is None:
+            room = partial(torch.empty_like, device=self.device)
+            self.fixed = room(drafted[0]), *({k: room(v) for k, v in p.items()} for p in drafted[1:])
             self.at, self.batch = torch.tensor(0, device=self.device), torch.arange(self.config.batch, device=self.device)
             self.lr, self.launch = torch.tensor(0.0, device=self.device), Captured(self._next, self.device)
         for own, new in zip(_tensors(self.fixed), _tensors(drafted), strict=True):

@@ -29,10 +29,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__, methods, networks, pairs, paths, threads
-from .augment import Params
 from .config import RunConfig, SidaeError
 from .data import Images, subset
-from .step import Step
+from .step import Drawn, Step
 
 CHECKPOINT_SECONDS = 60.0
 LISTENERS: list[Callable[[RunConfig, list[dict[str, Any]]], None]] = []  # called after every epoch with the history so far
@@ -225,7 +224,7 @@ class Run(Step):
             out["knn"] = 100 * (y[(h @ h.T).fill_diagonal_(-2).argmax(1)] == y).double().mean().item()
         return out
 
-    def gauges(self, drawn: tuple[Tensor, *tuple[Params, ...]], a: int, b: int) -> dict[str, float]:
+    def gauges(self, drawn: Drawn, a: int, b: int) -> dict[str, float]:
         """The method's gauges on these samples; BatchNorm's statistics, which the look would move, are put back."""
         before = {k: v.clone() for k, v in self.method.named_buffers()}
         out = {k: v.item() for k, v in self.method.gauges(*self.see(*self.samples(drawn, slice(a, b)))).items()}
@@ -419,7 +418,6 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
           passed: Passed = lambda epoch, files: None) -> None:  # fmt: skip
     config, device, per_epoch = run.config, run.device, len(run.bounds)
     end = config.epochs if until is None else min(until, config.epochs)
-    look = 1 if device.type == "cpu" else per_epoch  # steps between looks at the loss: a GPU is not waited for on the way
     saved, checkpointed = time.monotonic(), run.step
     bar = tqdm(total=run.steps, initial=run.step, unit="step", desc=f"{config.method} {config.key()[:6]}", leave=False,
                disable="TQDM_DISABLE" in os.environ or None, mininterval=0.5)  # fmt: skip
@@ -439,7 +437,7 @@ def _loop(run: Run, path: Path, keep: set[int], stop: _Stop, deadline: float | N
                 threads.fit()
             began = time.perf_counter()
             run.advance(drawn, a, b)
-            if run.step % look == 0 or run.step % per_epoch == 0:
+            if device.type == "cpu" or run.step % per_epoch == 0:  # a look: a GPU is not waited for on the way
                 _finite(run, checkpointed)
             run.seconds += time.perf_counter() - began
             bar.update()
