@@ -29,7 +29,7 @@ Options of the first form:
   --download               allow data sets to be downloaded
   --fresh                  compute everything again in an empty store under runs/, and note the time; deletes nothing
   --cell-seconds N         a notebook fails when one of its cells takes longer (default: smoke 300, quick 1800)
-  -p NAME VALUE            set any other parameter of the notebooks
+  -p NAME VALUE            set any other parameter of the notebooks; a path is taken from here, not from notebooks/
   --help, -h               show this text
 
 The environment is made in .venv, once, by python3 (3.11 or newer, with venv), and again when requirements.lock or
@@ -71,8 +71,38 @@ is_own() { # this script made what is in .venv, or nothing is: its mark is made.
 
 is_whole() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/stamp" 2>/dev/null)" = "$(stamp)" ]; }
 
+can_write() { # can_write FOLDER: or what it would be made in; permission bits say nothing of a read-only disk, or to root
+    local folder=$1
+    until [ -e "$folder" ]; do folder=$(dirname "$folder"); done
+    folder=$(mktemp -d "$folder/.run_all.XXXXXX" 2>/dev/null) && rmdir "$folder"
+}
+
+spare_home() { # what would go to folders of HOME that cannot be written goes beside the environment
+    local pair name folder lacking=
+    for pair in XDG_CACHE_HOME=.cache MPLCONFIGDIR=.config/matplotlib IPYTHONDIR=.ipython JUPYTER_CONFIG_DIR=.jupyter \
+        JUPYTER_DATA_DIR=.local/share/jupyter; do
+        name=${pair%%=*}
+        folder=${!name:-$HOME/${pair#*=}}
+        if ! can_write "$folder"; then
+            lacking+=${lacking:+, }$folder
+            export "$name=$VENV.home/${pair#*=}"
+        fi
+    done
+    if [ -n "$lacking" ]; then echo "Cannot write to $lacking; $VENV.home is used instead."; fi
+}
+
+reason() { # what the log says last of an error and of its cause: pip's, which names the cause before, or uv's
+    awk '{ sub(/^[ \t]+/, "") }
+        NF { last = $0 }
+        /^WARNING: Retrying/ { sub(/.*(broken by .|>: )/, ""); sub(/.\).: [^ ]*$/, ""); retried = ": " $0 }
+        /^ERROR: / { said = substr($0, 8); cause = retried }
+        /^error: |^× / { sub(/^[^ ]+ /, ""); said = $0; cause = "" }
+        /^cause: |^Caused by: |^(├|╰)─▶ / { sub(/^(Caused )?[^ ]+ /, ""); cause = ": " $0 }
+        END { print said ? said cause : last ? last : "nothing was said" }' "$1"
+}
+
 make_environment() {
-    local python log=$VENV/make.log sentence
+    local python log=$VENV/make.log
     python=$(find_python) || exit
     { : >>"$VENV.lock"; } 2>/dev/null || fail 1 "Cannot write to $ROOT, where the environment is to be made."
     exec 9>>"$VENV.lock" # two calls at once make it once; macOS has no flock(1), and the lock outlives this python
@@ -84,20 +114,25 @@ package and its extras, or move it away and run this again."
         mkdir -p "$VENV" && echo run_all.sh >"$VENV/made.by" # first, so that an interrupted make is known as its own
         find "$VENV" -mindepth 1 -maxdepth 1 ! -name made.by -exec rm -rf {} +
         "$python" -m venv "$VENV" || fail 1 "$python could not make $VENV; the reason stands above."
-        sentence="The environment could not be made: no network, or a package could not be fetched (see $log)."
-        "$VENV/bin/python" -m pip install --quiet uv >"$log" 2>&1 || fail 1 "$sentence"
+        export UV_NO_WRAP=1 # `reason` reads lines
         { # compiled now, since a machine that sets PYTHONDONTWRITEBYTECODE would do it at every import
-            "$VENV/bin/uv" pip sync --python "$VENV/bin/python" --compile-bytecode --require-hashes \
-                "$ROOT/requirements.lock" &&
+            "$VENV/bin/python" -m pip install --quiet uv &&
+                "$VENV/bin/uv" pip sync --python "$VENV/bin/python" --compile-bytecode --require-hashes \
+                    "$ROOT/requirements.lock" &&
                 "$VENV/bin/uv" pip install --python "$VENV/bin/python" --no-deps --no-build-isolation -e "$ROOT"
-        } >>"$log" 2>&1 || fail 1 "$sentence"
+        } >"$log" 2>&1 || fail 1 "The environment could not be made: $(reason "$log"). All that was said is in $log; mend it and \
+run this again."
         stamp >"$VENV/stamp" # last, so that an interrupted make is done again
     fi
     exec 9>&-
 }
 
 use_environment() { # use_environment MODULE...: sets PYTHON to an interpreter that has the package and these modules
-    local prefix
+    local prefix name
+    spare_home
+    for name in SIDAE_DATA SIDAE_RUNS SIDAE_RECORDS SIDAE_FIGURES SIDAE_BUNDLE; do # a kernel works in another folder
+        case ${!name} in "" | [/~]*) ;; *) export "$name=$PWD/${!name}" ;; esac
+    done
     for prefix in "$VIRTUAL_ENV" "$CONDA_PREFIX"; do
         if [ -z "$PYTHON" ] && [ -n "$prefix" ] && has "$prefix/bin/python" sidae_lib torch "$@"; then
             PYTHON=$prefix/bin/python
@@ -153,9 +188,15 @@ stage() { # stage NAME COMMAND...: says when it begins and ends, and how long it
 }
 
 run_tests() {
-    local code=0 pytest scratch
+    local code=0 pytest scratch arg args=()
     stage environment use_environment papermill nbconvert ipykernel pytest xdist nbval hypothesis scipy
+    for arg in "$@"; do # a file is the caller's where it is one
+        case $arg in *.py* | *.ipynb*) [ ! -e "./${arg%%::*}" ] || arg=$PWD/$arg ;; esac
+        args+=("$arg")
+    done
+    set -- "${args[@]}"
     cd "$ROOT"
+    "$PYTHON" -m compileall -q sidae_lib || true # once, since where nothing is cached each process of a test would do it
     pytest=(limited "$PYTHON" -m pytest --durations=15)
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT

@@ -1,6 +1,7 @@
-"""`python -m sidae_lib run FIGURE --scale S`, `list`, `verify KEY`: the store from the command line, with no Jupyter."""
+"""`python -m sidae_lib run FIGURE --scale S`, `list`, `check PLACE`, `verify KEY`: from the command line, with no Jupyter."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import check_gpu, evaluate, experiments, figures, methods, paths, published, runs, train, verify
+from . import check_gpu, data, evaluate, experiments, figures, methods, own, paths, published, runs, train, verify
 from .config import EvalConfig, RunConfig, SidaeError, above_zero
 
 
@@ -109,6 +110,24 @@ def _adopt(args: argparse.Namespace) -> None:
                       f"(./run_all.sh {scale} --only NOTEBOOK) and run `python -m sidae_lib readme`.")
 
 
+def _check(args: argparse.Namespace) -> None:
+    above_zero(size=args.size)
+    name, notes = own.prepare(args.place, args.size)
+    images = data.load(name, size=args.size)
+    table, warned = own.look(images, verdict=False)
+    print(images.display, *notes, table.to_string(), *warned, sep="\n")
+    if args.sheet:
+        with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+            figures.sheet(images).savefig(content := io.BytesIO(), format="png", dpi=200)
+        try:
+            args.sheet.write_bytes(content.getvalue())
+        except OSError as e:
+            raise SidaeError(f"The sheet could not be written to {args.sheet} ({e.strerror}); choose another --sheet.") from e
+    if "unlabeled" not in images.splits and not ("train" in table.index and table.loc["train", "classes"] > 1):
+        raise SidaeError(f"{images.display} cannot be trained on: it needs training images of at least two classes, or an "
+                         "unlabeled split.")
+
+
 def _verify(args: argparse.Namespace) -> int:
     return int(not verify.verify(args.key, device=args.device))
 
@@ -200,6 +219,12 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--device", default="auto", help="auto, cpu or cuda")
     check.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
     check.set_defaults(call=_verify)
+    look = commands.add_parser("check", help="say how images of your own are read and what weakens a conclusion from them")
+    look.add_argument("place", metavar="PLACE", help="a folder, a zip, an npz, an npy, a parquet file or the name of a set")
+    look.add_argument("--size", type=int, default=32, metavar="N", help="pixels of a side that the networks will see")
+    look.add_argument("--sheet", type=Path, metavar="FILE", help="also write some images of each class to this PNG")
+    look.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
+    look.set_defaults(call=_check)
     gpu = commands.add_parser("check-gpu", help="compare a step's graph with single launches here, and time every mode",
                               description=check_gpu.__doc__)  # fmt: skip
     gpu.add_argument("--seconds", type=float, default=60.0, metavar="N", help="of all timings together; compiling on top")

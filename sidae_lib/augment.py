@@ -127,6 +127,9 @@ class Translate:
     name: str = "translate"
 
     def draw(self, n: int, size: int, generator: Generator) -> Params:
+        if size <= self.pixels:
+            raise SidaeError(f"Images of {size} pixels cannot be shifted by {self.pixels}; set a larger size or choose another "
+                             "augmentation.")  # fmt: skip
         shift = torch.randint(-self.pixels, self.pixels + 1, (n, 2), generator=generator)
         return {self.name: shift * (torch.rand(n, 1, generator=generator) < self.p)}
 

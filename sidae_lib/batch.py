@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m sidae_lib.batch", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="python -m sidae_lib.batch", description=__doc__)
     parser.add_argument("--scale", choices=SCALES, default="quick")
     parser.add_argument("--only", metavar="01,03", help="numbers or names of the notebooks to run")
     parser.add_argument("--data", metavar="DIR", help="folder of the image sets")
@@ -74,17 +74,38 @@ def _select(only: str | None) -> list[Path]:
     return [nb for nb in notebooks if names[nb] & wanted]
 
 
-def _value(name: str, text: str, declared: str) -> Any:
+def _placed(value: Any) -> Any:
+    """What names a file or a folder, as `folder:PATH` too, is named from the root: a kernel works in another folder than the
+    caller. The name of a data set stays one, whatever lies beside it."""
+    if isinstance(value, list):
+        return [_placed(v) for v in value]
+    if not isinstance(value, str) or not (parts := re.fullmatch(r"((?:[A-Za-z]+:(?!//))*)(.+)", value, re.DOTALL)):
+        return value
+    kind, place = parts.groups(default="")
+    if not kind and (not os.path.exists(os.path.expanduser(place)) or _named(place)):
+        return value
+    return f"{kind}{paths.absolute(place)}"
+
+
+def _named(place: str) -> bool:
+    from . import data  # needs torch
+
+    return data.is_name(place)
+
+
+def _value(name: str, text: str, parameter: dict[str, str]) -> Any:
     """A Python literal of the type that the notebook declares; true and false in any case, since the word "false" would
-    count as true. Raises SidaeError for another type."""
+    count as true. A path is the caller's; no word is one of which the notebook says that it is a choice, as in
+    `auto | cpu | cuda`. Raises SidaeError for another type."""
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
     except (SyntaxError, ValueError):  # a bare word is a string
         value = text
-    kind = {k.__name__: k for k in (str, int, float, bool, list)}.get(declared)
+    kind = {k.__name__: k for k in (str, int, float, bool, list)}.get(parameter["inferred_type_name"])
     if kind is str and not isinstance(value, str):  # a folder may be called 2024
-        return text
-    return typed(name, value, kind) if kind else value
+        value = text
+    value = typed(name, value, kind) if kind else value
+    return value if "|" in parameter["help"] else _placed(value)
 
 
 def _parameters(args: argparse.Namespace, notebooks: list[Path]) -> dict[Path, dict[str, Any]]:
@@ -104,7 +125,7 @@ def _parameters(args: argparse.Namespace, notebooks: list[Path]) -> dict[Path, d
         if missing := sorted(set(common) - set(declared[nb])):
             raise SidaeError(f"{nb.name} declares no parameter {', '.join(missing)}; known: "
                              f"{', '.join(sorted(declared[nb])) or 'none'}.")
-    return {nb: common | {k: _value(k, text, own[k]["inferred_type_name"]) for k, text in args.p if k in own}
+    return {nb: common | {k: _value(k, text, own[k]) for k, text in args.p if k in own}
             for nb, own in declared.items()}  # fmt: skip
 
 
@@ -127,9 +148,9 @@ def _environment(args: argparse.Namespace) -> None:
         store = paths.runs() / time.strftime("fresh-%Y%m%d-%H%M%S")
         os.environ["SIDAE_RUNS"] = str(_writable(store))
         os.environ["SIDAE_RECORDS"] = str(_writable(store.with_name(f"{store.name}-no-records")))
-    for name in ("SIDAE_DATA", "SIDAE_RUNS", "SIDAE_RECORDS", "SIDAE_FIGURES"):
+    for name in ("SIDAE_DATA", "SIDAE_RUNS", "SIDAE_RECORDS", "SIDAE_FIGURES", "SIDAE_BUNDLE"):
         if os.environ.get(name):  # a kernel works in another folder than the caller
-            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
+            os.environ[name] = str(paths.absolute(os.environ[name]))
     os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
 
 

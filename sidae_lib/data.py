@@ -1,20 +1,20 @@
 """Image sets as uint8 tensors of one size, named by their content.
 
-A set is found by name (embedded, in torchvision's own files, or SIDAE_DATA/<name>.npz) or by place (`npz:PATH`,
-`folder:PATH`), decoded and resized once and memory-mapped from SIDAE_DATA/.cache afterwards, a folder that may be
-deleted at any time. Results refer to a set by the fingerprint of its decoded arrays, never by name or path.
+A set is found by name (embedded, in torchvision's own files, or SIDAE_DATA/<name>.npz) or by place (a folder, zip, npz, npy
+or Parquet file, which `reader` reads), decoded and resized once and memory-mapped from SIDAE_DATA/.cache afterwards, a folder
+that may be deleted at any time. Results refer to a set by the fingerprint of its decoded arrays, never by name or path.
 Nothing is unpickled but CIFAR-10's own batches, by torchvision, after it has checked their md5 sums.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,16 +22,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as TF
+from tqdm.auto import tqdm
 
-from . import paths
+from . import paths, reader
 from .config import SidaeError
+from .reader import SPLITS, Raw, Told, reading
 
-SPLITS = ("train", "test", "unlabeled")  # in the fingerprint's order
 TORCHVISION = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10,
                "stl10": datasets.STL10}
 KNOWN = {  # fingerprint -> (name, display)
@@ -43,10 +41,10 @@ KNOWN = {  # fingerprint -> (name, display)
     "a194b1f1e8fabeba": ("tinyimagenet32", "Tiny ImageNet 32 (50k)"),
 }
 TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyimagenet32": 50_000}  # images of a known set
-MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-Image.MAX_IMAGE_PIXELS = 100_000_000  # of one image file; above is a mistake or a decompression bomb
 BLOCK = 2**24  # bytes of pixels that are resized or counted at once
-CACHE_FORMAT = 2  # raised when a cache would hold something else for the same files
+SUFFIX = rf"({'|'.join(s for s in reader.KINDS.values() if s)})$".replace(".", r"\.")
+DEFAULT = (reader.LEAST, 3, "antialias")  # at which a set of images of many sizes, or of large ones, has its fingerprint
+CACHE_FORMAT = 3  # raised when a cache would hold something else for the same files
 
 _names: dict[str, str] = {}  # fingerprint -> name, of the sets this process has seen
 
@@ -61,7 +59,8 @@ class Split:
 @dataclass(frozen=True)
 class Images:
     """One set at one size. mean, std: per channel of the training split (else the unlabeled, else the test split) for
-    pixels in [0, 1], rounded so that they are the same on every machine."""
+    pixels in [0, 1], rounded so that they are the same on every machine. notes: how the files were read, in sentences; left:
+    (split, reason, number) of the files left out."""
 
     name: str
     display: str
@@ -70,6 +69,8 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     splits: dict[str, Split]
+    notes: tuple[str, ...] = ()
+    left: tuple[tuple[str, str, int], ...] = ()
 
     def split(self, name: str) -> Split:
         """Raises SidaeError if the set has no such split."""
@@ -79,8 +80,9 @@ class Images:
 
 
 def load(name: str, *, size: int = 32, channels: int = 3, resize: str = "antialias", download: bool = False) -> Images:
-    """The set called `name`: digits, photos, mnist, fashion_mnist, cifar10, stl10, the stem of an npz in SIDAE_DATA,
-    npz:PATH or folder:PATH.
+    """The set called `name`: digits, photos, mnist, fashion_mnist, cifar10, stl10, the stem of an npz in SIDAE_DATA, or a
+    place: folder:PATH, npz:PATH, npy:PATH, zip:PATH, parquet:PATH, or the path alone. split:PLACE is the same with a test
+    split: where there is none, a fifth of each class of the training split becomes one (seed 0).
 
     The shorter side is resized to `size` bilinearly (resize: antialias, or bilinear without), then the centre is cut.
     channels 3: grey is replicated; 1: colour becomes luminance. Raises SidaeError if the set is missing or damaged.
@@ -144,7 +146,7 @@ def remember(sources: dict[str, str]) -> None:
 def display(fingerprint: str) -> str:
     """The name a figure shows for the set with this content."""
     name = _names.get(fingerprint)
-    own = fingerprint if name is None else f"{Path(name.split(':', 1)[-1]).name.removesuffix('.npz')} (own copy)"
+    own = fingerprint if name is None else f"{re.sub(SUFFIX, '', Path(_parted(name)[1]).name)} (own copy)"
     return KNOWN.get(fingerprint, ("", own))[1]
 
 
@@ -166,47 +168,77 @@ def subset(n: int, *, fraction: float = 1.0, count: int = 0, seed: int = 0) -> T
 
 class _Source(NamedTuple):
     name: str
+    kind: str  # of a place, or the name
     path: Path
-    read: Callable[["_Source"], Iterator["_Raw"]]
-    stamps: tuple[tuple[str, int, int], ...] = ()  # path, size, time of every file: what a cache is made from
+    read: Callable[["_Source", int, bool, Told], Iterable[Raw]]
+    stamps: tuple[tuple[str, int, int], ...] = ()  # path, size, time of every file
 
 
-def _stamped(name: str, path: Path, read: Callable, files: list[Path]) -> _Source:
-    return _Source(name, path, read, tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+def _stamped(name: str, kind: str, path: Path, read: Callable, files: list[Path]) -> _Source:
+    return _Source(name, kind, path, read, tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def is_name(name: str) -> bool:
+    """Whether it is the name of a set that is known or in the data folder, which is no path then."""
+    known = {"", *EMBEDDED, *TORCHVISION, *(known for known, _ in KNOWN.values())}
+    return name in known or (paths.data() / f"{name}.npz").is_file()
+
+
+def place(name: str) -> str:
+    """What a person gives, in full: the path of a folder or file becomes `kind:PATH`, absolute, since a notebook and a worker
+    have other working directories; a set's name passes."""
+    kind, path = _parted(name)
+    there = paths.absolute(path)
+    if not kind and (is_name(name) or not there.exists()):
+        return name
+    if kind in ("", "split"):
+        suffix = there.suffix.lower()
+        inner = "folder" if there.is_dir() else next((k for k, s in reader.KINDS.items() if s and s == suffix), "")
+        if not inner and there.is_file():
+            raise SidaeError(f"{there} is no set of images: give a folder, or a file that ends in "
+                             f"{', '.join(filter(None, reader.KINDS.values()))}; unpack other archives, and give the folder of "
+                             "an image or of a table.")  # fmt: skip
+        kind = f"{kind}:{inner}".strip(":")
+    return f"{kind}:{there}" if kind else name
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The kind of a place and its path, or no kind and the name."""
+    found = re.match(rf"((?:split:)?(?:{'|'.join(reader.KINDS)})|split):", name)
+    return (found[1], name[found.end():]) if found else ("", name)
 
 
 def _find(name: str, download: bool = False) -> _Source | None:
-    kind, _, place = name.partition(":")
-    if place:
-        path = Path(place).expanduser().resolve()  # absolute: a notebook and a worker have other working directories
-        if kind == "npz" and path.is_file():
-            return _stamped(f"npz:{path}", path, _read_npz, [path])
-        if kind == "folder" and path.is_dir():
-            return _stamped(f"folder:{path}", path, _read_folder, _flat(_listing(path)))
+    name = place(name)
+    kind, path = _parted(name)
+    if kind:
+        there, inner = Path(path), kind.removeprefix("split:")
+        if inner in reader.KINDS and (there.is_dir() if inner == "folder" else there.is_file()):
+            return _stamped(name, kind, there, _read_place, reader.files(inner, there))
         return None
     if name in EMBEDDED:
-        return _Source(name, Path(name), EMBEDDED[name])
+        return _Source(name, name, Path(name), EMBEDDED[name])
     npz = paths.data() / f"{name}.npz"
     if name in TORCHVISION:
         files = _torchvision_files(name)
         if download and not npz.is_file() and not all(f.is_file() for f in files):
-            with _reading(f"{name} could not be downloaded to {paths.data()}", "check the network and the disk"):
+            with reading(f"{name} could not be downloaded to {paths.data()}", "check the network and the disk"):
                 TORCHVISION[name](paths.data(), download=True)
         if all(f.is_file() for f in files):
-            return _stamped(name, paths.data(), _read_torchvision, files)
-    return _stamped(name, npz, _read_npz, [npz]) if npz.is_file() else None
+            return _stamped(name, name, paths.data(), _read_torchvision, files)
+    return _stamped(name, "npz", npz, _read_place, [npz]) if npz.is_file() else None
 
 
 def _missing(name: str) -> SidaeError:
-    kind, _, place = name.partition(":")
-    if place and kind in ("npz", "folder"):
-        return SidaeError(f"There is no {kind} {Path(place).expanduser().resolve()}; check the path.")
+    kind, path = _parted(place(name))
+    if kind:
+        return SidaeError(f"There is no {kind.rpartition(':')[2]} {path}; check the path.")
     if name in TORCHVISION:
         absent = next(f for f in _torchvision_files(name) if not f.is_file())
         return SidaeError(f"{name} is not on this machine ({absent} is missing): add --download to fetch it, or set "
                           f"SIDAE_DATA to a folder that has it.")
-    return SidaeError(f"There is no data set {name!r}: choose from {', '.join((*EMBEDDED, *TORCHVISION))}, npz:PATH or "
-                      f"folder:PATH, or put {name}.npz into {paths.data()}.")
+    return SidaeError(f"There is no data set {name!r}: choose from {', '.join((*EMBEDDED, *TORCHVISION))}, give the path of "
+                      f"a folder, zip, npz, npy or Parquet file, or put {name}.npz into {paths.data()}.")
 
 
 def _torchvision_files(name: str) -> list[Path]:
@@ -217,42 +249,16 @@ def _torchvision_files(name: str) -> list[Path]:
     return [paths.data() / cls.base_folder / f for f in (*(f for f, _ in cls.train_list + cls.test_list), *extra)]
 
 
-def _listing(root: Path) -> dict[str, dict[str, list[Path]]]:
-    """split -> class -> sorted image files; the unlabeled split counts as one class."""
-    def images(folder: Path) -> list[Path]:
-        return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.name[0] != ".")
-
-    return {s: {d.name: images(d) for d in ([root / s] if s == "unlabeled" else sorted((root / s).iterdir()))
-                if d.is_dir() and d.name[0] != "."} for s in SPLITS if (root / s).is_dir()}
-
-
-def _flat(listing: dict[str, dict[str, list[Path]]]) -> list[Path]:
-    return [f for found in listing.values() for files in found.values() for f in files]
-
-
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-class _Raw(NamedTuple):
-    split: str
-    images: "np.ndarray | _Files"  # (N, H, W) or (N, H, W, C)
-    labels: np.ndarray | None
-    classes: tuple[str, ...]
-    folds: np.ndarray | None = None
+def _read_place(source: _Source, size: int, antialias: bool, told: Told) -> list[Raw]:
+    test, _, kind = source.kind.rpartition(":")
+    raws = [_checked(raw, source.path) for raw in reader.read(kind, source.path, size, antialias, told)]
+    return reader.with_test(raws, told) if test else raws
 
 
-@contextmanager
-def _reading(what: str, advice: str) -> Iterator[None]:
-    """Whatever a parser raises on damaged input becomes one sentence."""
-    try:
-        yield
-    except SidaeError:
-        raise
-    except Exception as e:
-        raise SidaeError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())}); {advice}.") from e
-
-
-def _digits(source: _Source) -> Iterator[_Raw]:
+def _digits(*_) -> Iterator[Raw]:
     """scikit-learn's 1,797 digits, 8 x 8, values 0 to 16; stratified 80/20 split, seed 0."""
     from sklearn.datasets import load_digits  # seconds to import
     from sklearn.model_selection import train_test_split
@@ -261,10 +267,10 @@ def _digits(source: _Source) -> Iterator[_Raw]:
     images = np.rint(d.images * 255 / 16).astype(np.uint8)
     parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=d.target, random_state=0)
     for split, part in zip(("train", "test"), map(np.sort, parts), strict=True):
-        yield _Raw(split, images[part], d.target[part], tuple(map(str, d.target_names)))
+        yield Raw(split, images[part], d.target[part], tuple(map(str, d.target_names)))
 
 
-def _photos(source: _Source) -> Iterator[_Raw]:
+def _photos(*_) -> Iterator[Raw]:
     """32 x 32 patches at stride 8 of scikit-learn's two sample photographs; the label is the photograph. The left 75 %
     of the width are train, the right 20 % test: overlapping patches never lie in both."""
     from sklearn.datasets import load_sample_images
@@ -276,100 +282,32 @@ def _photos(source: _Source) -> Iterator[_Raw]:
             im = im[:, round(low * im.shape[1]):round(high * im.shape[1])]
             cut = np.lib.stride_tricks.sliding_window_view(im, (32, 32), axis=(0, 1))[::8, ::8]
             cuts.append(cut.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # (rows, columns, C, H, W) -> (N, H, W, C)
-        yield _Raw(split, np.concatenate(cuts), np.arange(len(cuts)).repeat(len(cuts[0])),
+        yield Raw(split, np.concatenate(cuts), np.arange(len(cuts)).repeat(len(cuts[0])),
                    tuple(Path(f).stem for f in photos.filenames))
 
 
 EMBEDDED = {"digits": _digits, "photos": _photos}
 
 
-def _read_torchvision(source: _Source) -> Iterator[_Raw]:
+def _read_torchvision(source: _Source, *_) -> Iterator[Raw]:
     cls = TORCHVISION[source.name]
     if issubclass(cls, datasets.MNIST):  # older versions' processed/*.pt would be unpickled in place of raw/
         cls = type(cls.__name__, (cls,), {"_check_legacy_exist": lambda self: False})
-    with _reading(f"{source.name} in {source.path} could not be read",
+    with reading(f"{source.name} in {source.path} could not be read",
                   f"delete {Path(source.stamps[0][0]).parent} and fetch it again with --download"):
         if source.name != "stl10":
             for split in ("train", "test"):
                 d = cls(source.path, train=split == "train")
-                yield _Raw(split, np.asarray(d.data), np.asarray(d.targets), tuple(d.classes))
+                yield Raw(split, np.asarray(d.data), np.asarray(d.targets), tuple(d.classes))
             return
         folds = np.loadtxt(source.path / cls.base_folder / cls.folds_list_file, np.int64, ndmin=2)
         for split in SPLITS:
             d = cls(source.path, split=split)
-            yield _Raw(split, d.data.transpose(0, 2, 3, 1), None if split == "unlabeled" else d.labels,
+            yield Raw(split, d.data.transpose(0, 2, 3, 1), None if split == "unlabeled" else d.labels,
                        tuple(d.classes), folds if split == "train" else None)
 
 
-def _read_npz(source: _Source) -> Iterator[_Raw]:
-    with (_reading(f"{source.path} could not be read", "it must be a whole npz file of plain arrays, none of objects"),
-          np.load(source.path, allow_pickle=False) as z):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if bombs := [f"{i.filename} ({i.file_size:,} bytes)" for i in z.zip.infolist() if i.file_size > memory / 2]:
-            raise SidaeError(f"{source.path} holds {bombs[0]}, more than half of this machine's memory; make it smaller.")
-        if outside := [n for n in z.zip.namelist() if n.startswith(("/", "\\")) or ".." in n]:
-            raise SidaeError(f"{source.path} has a member that points outside ({outside[0]}); take it only from who made it.")
-        classes = tuple(np.asarray(z.get("classes", [])).astype(str).ravel().tolist())
-        for split in SPLITS:
-            key = "val" if split == "test" and "test_images" not in z else split
-            if f"{key}_images" in z:
-                yield _Raw(split, np.asarray(z[f"{key}_images"]), z.get(f"{key}_labels"), classes)
-
-
-class _Files:
-    """A uint8 array (N, H, W, C) of image files that decode when sliced: large photographs never stand in memory all at
-    once. EXIF rotation is ignored, alpha dropped."""
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, files: list[Path], mode: str, size: tuple[int, int]):
-        self.files, self.mode, self.shape = files, mode, (len(files), size[1], size[0], len(mode))
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        out = []
-        for f in self.files[part]:
-            with _reading(f"{f} could not be read", "replace or remove it"), Image.open(f) as im:
-                out.append(np.asarray(im.convert(self.mode)).reshape(self.shape[1:]))
-        return np.stack(out)
-
-
-def _header(f: Path) -> tuple[str, tuple[int, int]]:
-    """L or RGB, and (width, height), without decoding the pixels."""
-    with _reading(f"{f} could not be read", "replace or remove it"), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(f) as im:
-            if im.mode not in MODES:
-                raise SidaeError(f"{f} has pixels of mode {im.mode}; convert it to 8-bit grey or RGB.")
-            return MODES[im.mode], im.size
-
-
-def _read_folder(source: _Source) -> Iterator[_Raw]:
-    listing = _listing(source.path)
-    classes = tuple(listing.get("train") or listing.get("test") or ())
-    for split, found in listing.items():
-        if not found:
-            raise SidaeError(f"{source.path / split} has no class folders; sort its images into {split}/<class>/.")
-        for name, files in found.items():
-            place = source.path / split / ("" if split == "unlabeled" else name)
-            if not files:
-                raise SidaeError(f"{place} holds no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it.")
-            if split == "test" and name not in classes:
-                raise SidaeError(f"{place} is a class that train/ does not have; rename or remove it.")
-    first = None
-    for f in _flat(listing):
-        kind = _header(f)
-        first = first or (f, *kind)
-        if kind != first[1:]:
-            pair = " and ".join(f"{p} is {w} x {h} {mode}" for p, mode, (w, h) in (first, (f, *kind)))
-            raise SidaeError(f"All images of a set must have one size and be all grey (L) or all colour (RGB), but "
-                             f"{pair}; resize or convert them.")
-    for split, found in listing.items():
-        labels = None if split == "unlabeled" else np.repeat([classes.index(c) for c in found],
-                                                             [len(files) for files in found.values()])
-        yield _Raw(split, _Files(_flat({split: found}), *first[1:]), labels, classes)
-
-
-def _checked(raw: _Raw, where: Path) -> _Raw:
+def _checked(raw: Raw, where: Path) -> Raw:
     """The same with images (N, H, W, C), C = 1 or 3, and labels int64 (N,); SidaeError on anything else."""
     what, images, labels = f"{where}: the {raw.split} split", raw.images, raw.labels
     if len(images.shape) == 3:
@@ -378,7 +316,7 @@ def _checked(raw: _Raw, where: Path) -> _Raw:
         raise SidaeError(f"{what} must hold uint8 images of shape (N, H, W) or (N, H, W, 1 or 3), not {images.dtype} "
                          f"of {images.shape}; convert them to 8-bit grey or RGB.")
     if 0 in images.shape:
-        raise SidaeError(f"{what} holds no images; fill it or leave it out.")
+        raise SidaeError(f"{what} holds no images that can be read; add some or leave it out.")
     n = images.shape[0]
     if labels is not None:
         labels = np.asarray(labels)
@@ -410,14 +348,6 @@ def _classes(names: tuple[str, ...], splits: dict[str, Split], where: Path) -> t
     return tuple(str(n) for n in numbers.tolist() if n < needed), splits
 
 
-def _fit(x: Tensor, size: int, channels: int, antialias: bool) -> Tensor:
-    """uint8 (N, C, H, W) -> uint8 (N, channels, size, size)."""
-    if channels == 1 and x.shape[1] == 3:
-        x = TF.rgb_to_grayscale(x)
-    x = TF.center_crop(TF.resize(x, [size], antialias=antialias), [size])
-    return x.expand(-1, channels, -1, -1)
-
-
 def _statistics(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 (N, C, S, S), from exact counts of the 256 values."""
     counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in block.swapaxes(0, 1)])
@@ -430,25 +360,46 @@ def _statistics(x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _decode(source: _Source, size: int, channels: int, resize: str) -> Images:
-    digest, splits, names = hashlib.sha256(), {}, ()
-    for raw in source.read(source):  # one split in memory at a time
-        raw = _checked(raw, source.path)
-        n, h, w, c = raw.images.shape
-        digest.update(f"{raw.split} uint8 {n} {c} {h} {w} {raw.labels is not None} ".encode())
-        out, step = np.empty((n, channels, size, size), np.uint8), max(1, BLOCK // (h * w * c))
-        for i in range(0, n, step):
-            block = np.ascontiguousarray(raw.images[i:i + step].transpose(0, 3, 1, 2))
-            digest.update(block)
-            out[i:i + step] = _fit(torch.from_numpy(block), size, channels, resize == "antialias")
-        digest.update(b"" if raw.labels is None else raw.labels.astype("<i8"))
+    digest, splits, names, told, antialias = hashlib.sha256(), {}, (), Told(), resize == "antialias"
+    for raw in source.read(source, size, antialias, told):  # of large ones a split at a time
+        while True:  # again without those that turned out to be damaged
+            raw, so_far = _checked(raw, source.path), digest.copy()
+            out = _resized(raw, size, channels, antialias, so_far)
+            if not (damaged := getattr(raw.images, "damaged", ())):
+                break
+            told.left[raw.split, reader.DAMAGED] += [raw.images.pictures[i].file.name for i in sorted(damaged)]
+            raw = raw.take(~np.isin(np.arange(len(out)), list(damaged)), raw.split)
+        digest = so_far
+        if out.max() < 64:
+            told.notes.append(f"The {raw.split} split is dark: its brightest pixel is {out.max()} of 255.")
         splits[raw.split] = Split(*(None if a is None else torch.from_numpy(a) for a in (out, raw.labels, raw.folds)))
         names = raw.classes
-    if not splits:
-        raise SidaeError(f"{source.path} has no usable split: it needs train/<class>/, test/<class>/ or unlabeled/, or "
-                         f"as an npz the arrays train_images, test_images or unlabeled_images with their labels.")
     basis = next(splits[s].images for s in ("train", "unlabeled", "test") if s in splits)
     classes, splits = _classes(names, splits, source.path)
-    return Images(source.name, "", digest.hexdigest()[:16], classes, *_statistics(basis.numpy()), splits)
+    if not names and classes != tuple(map(str, range(len(classes)))):
+        told.notes.append(f"Not every number is the label of an image: the {len(classes)} classes are {reader.some(classes)}.")
+    fingerprint = digest.hexdigest()[:16]
+    if told.at_size and (size, channels, resize) != DEFAULT:
+        fingerprint = _load(source, *DEFAULT).fingerprint  # one set has one name at every size
+    return Images(source.name, "", fingerprint, classes, *_statistics(basis.numpy()), splits, told.sentences(),
+                  tuple((s, why, len(files)) for (s, why), files in told.left.items() if files))  # fmt: skip
+
+
+def _resized(raw: Raw, size: int, channels: int, antialias: bool, digest: "hashlib._Hash") -> np.ndarray:
+    """uint8 (N, channels, size, size); the digest takes in the split as it is given, block by block."""
+    n, h, w, c = raw.images.shape
+    digest.update(f"{raw.split} uint8 {n} {c} {h} {w} {raw.labels is not None} ".encode())
+    whole = raw.images.transpose(0, 3, 1, 2) if isinstance(raw.images, np.ndarray) else None
+    if whole is not None and whole.flags.c_contiguous and whole.shape[1:] == (channels, size, size):
+        digest.update(out := whole)  # as `reader` resized it
+    else:
+        out, step = np.empty((n, channels, size, size), np.uint8), max(reader.cores(), BLOCK // (h * w * c))
+        for i in tqdm(range(0, n, step), desc=raw.split, delay=2, leave=False, disable=n * h * w * c < 2**28 or None):
+            block = np.ascontiguousarray(raw.images[i:i + step].transpose(0, 3, 1, 2))
+            digest.update(block)
+            out[i:i + step] = reader.fit(torch.from_numpy(block), size, channels, antialias)
+    digest.update(b"" if raw.labels is None else raw.labels.astype("<i8"))
+    return out
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------
@@ -458,13 +409,37 @@ def _decode(source: _Source, size: int, channels: int, resize: str) -> Images:
 def _load(source: _Source, size: int, channels: int, resize: str) -> Images:
     if source.name in EMBEDDED:
         return _decode(source, size, channels, resize)
-    key = repr((CACHE_FORMAT, source.name, source.stamps, size, channels, resize))
-    folder = paths.data() / ".cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if cached := _open(source.name, folder):
-        return cached
-    images = _decode(source, size, channels, resize)
-    _store(images, folder)
+    cache, asked = paths.data() / ".cache", (CACHE_FORMAT, source.kind, size, channels, resize)
+    seen = cache / f"{_short(repr((asked, source.name, source.stamps)))}.key"  # files that have not changed are not read again
+    with suppress(OSError):
+        pointer = seen.read_text(errors="replace")
+        if re.fullmatch("[0-9a-f]{16}", pointer) and (cached := _open(source.name, cache / pointer)):
+            return cached
+    folder = cache / _short(repr((asked, _content(source))))
+    images = _open(source.name, folder)
+    if images is None:
+        images = _decode(source, size, channels, resize)
+        _store(images, folder)
+    with suppress(OSError):
+        seen.write_text(folder.name)
     return _open(source.name, folder) or images
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content(source: _Source) -> list[tuple[str, str]]:
+    """Path within the place and digest of every file: the same for a set that was moved or copied."""
+    def digest(path: str) -> str:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    files = [f for f, _, _ in source.stamps]
+    whole = (".npz", ".zip")  # the name of other files may be that of a split
+    names = [os.path.relpath(f, source.path) if source.path.is_dir() else Path(f).name * (Path(f).suffix not in whole)
+             for f in files]  # fmt: skip
+    return list(zip(names, reader.ahead(digest, files, f"{source.path.name}: reading")))
 
 
 def _open(name: str, folder: Path) -> Images | None:
@@ -473,15 +448,17 @@ def _open(name: str, folder: Path) -> Images | None:
         meta = json.loads((folder / "meta.json").read_text())
         splits = {s: Split(**{a: torch.from_numpy(np.load(folder / f"{s}-{a}.npy", mmap_mode="c")) for a in arrays})
                   for s, arrays in meta["splits"].items()}
-        return Images(name, "", meta["fingerprint"], *(tuple(meta[k]) for k in ("classes", "mean", "std")), splits)  # type: ignore[call-arg]
-    except (OSError, EOFError, ValueError, KeyError):
+        left = tuple((s, why, n) for s, why, n in meta["left"])
+        return Images(name, "", meta["fingerprint"], *(tuple(meta[k]) for k in ("classes", "mean", "std")), splits,  # type: ignore[call-arg]
+                      tuple(meta["notes"]), left)  # fmt: skip
+    except Exception:  # whatever damage does
         return None
 
 
 def _store(images: Images, folder: Path) -> None:
     """Whole or not at all; a folder that cannot be written only costs the next process its time."""
     arrays = {s: {a: t.numpy() for a, t in vars(p).items() if t is not None} for s, p in images.splits.items()}
-    meta = {k: getattr(images, k) for k in ("fingerprint", "classes", "mean", "std")}
+    meta = {k: getattr(images, k) for k in ("fingerprint", "classes", "mean", "std", "notes", "left")}
     with suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for old in folder.parent.glob("tmp-*"):  # of a process that was killed: writing one takes seconds, not an hour

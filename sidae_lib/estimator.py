@@ -8,21 +8,61 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
-from . import data, evaluate, methods, networks, train
+from . import data, evaluate, methods, networks, reader, train
 from .config import RunConfig
 from .data import Images, Split
+
+
+def _pixels(x: Any) -> Any:
+    """A tensor, wherever it is, or an image of PIL as NumPy reads it; whatever else as it is."""
+    if isinstance(x, torch.Tensor):
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)
+    return np.asarray(x.convert(reader.MODES.get(x.mode, x.mode))) if isinstance(x, Image.Image) else x
+
+
+def _array(X: Any) -> Any:
+    """X as scikit-learn reads it: `_pixels`, and of a list of images one array. Raises ValueError where their shapes differ."""
+    X = _pixels(X)
+    if isinstance(X, (list, tuple)) or getattr(X, "dtype", None) == np.dtype(object) and X.ndim == 1:
+        if not (images := [_pixels(x) for x in X]):
+            raise ValueError("X is empty; give images or rows.")
+        try:
+            return np.asarray(images)
+        except ValueError:
+            shapes = sorted({x.shape for x in images if hasattr(x, "shape")})
+            among = f", {shapes[0]} and {shapes[-1]} among them" if shapes[1:] else ""
+            raise ValueError(f"X holds images of different shapes{among}; bring them all to one shape first.") from None
+    return X if hasattr(X, "shape") else np.asarray(X)
+
+
+def _channels_last(X: np.ndarray) -> np.ndarray:
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W) with their channels last. Raises ValueError for what is none of these,
+    could be two, or holds a pixel that is no number."""
+    first, last = (X.ndim == 4 and X.shape[axis] in (1, 3) for axis in (1, -1))
+    if X.ndim > 4 or X.ndim == 4 and not (first or last) or not X.size:
+        raise ValueError("X must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3 and a pixel at least, or (N, F), "
+                         f"not {X.shape}.")  # fmt: skip
+    if first and last:
+        raise ValueError(f"X is {X.shape}, which reads as (N, H, W, {X.shape[3]}) and as (N, {X.shape[1]}, H, W); give images "
+                         "whose height and width are neither 1 nor 3, or grey ones as (N, H, W).")  # fmt: skip
+    if not np.isfinite(X).all():
+        raise ValueError("X holds pixels that are NaN or infinite; replace them first.")
+    return np.ascontiguousarray(np.moveaxis(X, 1, 3)) if first else X
 
 
 class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Features learned without labels, for any scikit-learn pipeline.
 
-    X: (N, H, W) or (N, H, W, C) with C = 1 or 3; or (N, F), where a row of S * S values is an image of S x S pixels and
-    any other an image of one line (as `load_digits().data`). Of uint8 0 to 255, of other numbers their range in `fit`
-    becomes black to white, whatever type `transform` is given; what lies outside is clipped, and what is plainly on another
-    scale (0 to 1 after 0 to 255) refused. Images are resized to 32 x 32. `transform` returns (N, F) float32.
+    X: (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3, an array, a tensor, or a list of images, PIL's too; or
+    (N, F), where a row of S * S values is an image of S x S pixels and any other an image of one line (as
+    `load_digits().data`). Of uint8 0 to 255, of other numbers their range in `fit` becomes black to white, whatever type
+    `transform` is given; what lies outside is clipped, and what is plainly on another scale (0 to 1 after 0 to 255) refused.
+    Images are resized to 32 x 32, so `transform` takes other sizes than `fit`, and grey becomes three equal channels.
+    `transform` returns (N, F) float32.
 
     method: sidae, simsiam or dae.  w: SidAE's loss weight.  epochs, batch: of pre-training; the batch is cut to N.
     width: channels of ResNet-18's first stage, F = 8 width; "small" is the 181,000-parameter network, F = 32.
@@ -70,14 +110,24 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return evaluate.features(net.to(where), x, stats=(net.mean, net.std), device=where).cpu().numpy()
 
     def _validated(self, X: Any, reset: bool) -> np.ndarray:
-        X = validate_data(self, X, reset=reset, allow_nd=True, dtype="numeric", ensure_min_samples=2 if reset else 1)
-        if X.ndim > 4 or X.ndim == 4 and X.shape[3] not in (1, 3):
-            raise ValueError(f"X must be (N, H, W), (N, H, W, 1 or 3) or (N, F), not {X.shape}.")
-        shape = X.shape[1:] if X.ndim > 2 else ()
+        """Rows (N, F), by scikit-learn's rules; or images (N, H, W) or (N, H, W, C)."""
+        X, name = _array(X), type(self).__name__
+        rows = len(X.shape) < 3
+        if not reset and rows != (not self.shape_):
+            asked = f"images of {self.shape_}; give images, one alone as N = 1" if rows else "rows; give those"
+            raise ValueError(f"X is {X.shape}, not {'images' if rows else 'rows'}, and {name} was fitted on {asked}.")
+        X = validate_data(self, X, reset=reset, allow_nd=True, dtype="numeric", ensure_min_samples=2 if reset else 1,
+                          ensure_all_finite=rows)  # fmt: skip
+        if not rows:
+            X = _channels_last(X)
+            known = X.shape[1:] if reset else self.shape_
+            if X.ndim == 3 and X.shape[1:] != known and (len(known) == 3 or X.shape[2] in (1, 3)):
+                raise ValueError(f"X is {X.shape}, and {name} was fitted on images of {known}; give grey images as "
+                                 f"{(*X.shape, 1)}, and one image with channels as {(1, *X.shape)}.")  # fmt: skip
         if reset:
-            self.shape_ = shape
-        elif shape != self.shape_:
-            raise ValueError(f"X has images of {shape}, but {type(self).__name__} was fitted with {self.shape_}.")
+            self.shape_: tuple[int, ...] = () if rows else X.shape[1:]
+            if not rows:
+                del self.n_features_in_  # scikit-learn took the second axis for it
         return X
 
     def _on_scale(self, X: np.ndarray) -> np.ndarray:

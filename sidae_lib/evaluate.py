@@ -5,6 +5,7 @@ import copy
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def labelled(config: EvalConfig, images: Images) -> tuple[Tensor, Tensor]:
         raise SidaeError(f"{images.display} has no predefined folds; leave fold at -1.")
     chosen = torch.arange(len(train.labels)) if config.fold < 0 else train.folds[config.fold]
     chosen = chosen[subset(len(chosen), fraction=config.labels, count=config.label_count, seed=config.label_seed)]
+    if config.score_on == "part":
+        several_classes(images.split("test").labels, f"{len(images.split('test').labels)} test labels of {images.display}")
     held = torch.zeros(len(chosen), dtype=torch.bool)
     if config.score_on == "val":
         held[subset(len(chosen), count=max(1, round(0.2 * len(chosen))), seed=config.label_seed + 1)] = True
@@ -198,13 +201,14 @@ def knn(x: Tensor, bank: Tensor, labels: Tensor, classes: int, *, k: int, tau: f
     """Weighted kNN scores (N, classes): the k nearest by cosine vote with exp(cosine / tau) (arXiv:1805.01978).
 
     x: (N, F).  bank: (M, F) with labels (M,). Neither need be normalised; k is cut to M. Scores are relative to the
-    nearest one's vote, which is 1, so that no tau overflows.
+    nearest one's vote, which is 1, so that no tau overflows; they are float64 where features are, else float32.
     """
+    x, bank = networks.wide(x, bank)
     bank, out = F.normalize(bank, dim=1), []
     most = 1000 if x.device.type == "cpu" else 2**27 // len(bank) + 1  # half a GiB of cosines
     for rows in F.normalize(x, dim=1).split(most):
         cosine, index = (rows @ bank.T).topk(min(k, len(bank)), dim=1)  # (n, k)
-        votes = torch.zeros(len(rows), classes, device=x.device)
+        votes = torch.zeros(len(rows), classes, dtype=x.dtype, device=x.device)
         out.append(votes.scatter_add_(1, labels[index], ((cosine - cosine[:, :1]) / tau).exp()))
     return torch.cat(out)
 
@@ -220,7 +224,7 @@ def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     """
     from scipy.optimize import minimize
 
-    seen, y = y.unique(return_inverse=True)
+    (x, test), (seen, y) = networks.wide(x, test), y.unique(return_inverse=True)
     N, F_, K = *x.shape, len(seen)
     std, mean = torch.std_mean(x.double(), 0, correction=0)
     std = torch.where(std > 10 * torch.finfo(x.dtype).eps * mean.abs(), std, 1.0)  # a constant feature stays one
@@ -247,24 +251,36 @@ def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     return seen[((test @ V[:-1].to(x.dtype)).double() + V[-1]).argmax(1)]
 
 
+def _cut(**sizes: tuple[float, float]) -> dict[str, dict[str, float]]:
+    """What a record says of sizes (usual, taken) that were cut to the number of images; nothing where none was."""
+    cut = {name: taken for name, (usual, taken) in sizes.items() if taken < usual}
+    return {"cut": cut} if cut else {}
+
+
 def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> dict[str, Any]:
     """What a picture of features shows, so that it is drawn again without weights: test points on two maps in [-1, 1], each
     with its trustworthiness (Venna & Kaski 2001: 1 = every neighbour on the map is one in feature space), and the first
     queries with their nearest training images by cosine, as places in the chosen labels.
 
     x: (N, F) test features, of which config.points are taken, the same for every network.  bank: (M, F).
+    t-SNE looks at three times as many neighbours as its perplexity, which is cut to a third of the other points where there
+    are no more points than it; trustworthiness, at five, which are cut to below half of the points. `cut` says to what. A map
+    of points that are all alike is one place; it has no trustworthiness (None), and one of two points neither.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE, trustworthiness
 
     taken = subset(len(x), count=min(config.points, len(x)), seed=config.label_seed)
+    (x, bank), n = networks.wide(x, bank), len(taken)
     z = x[taken.to(x.device)].cpu().numpy()
-    maps = {"tsne": TSNE(2, perplexity=config.perplexity, init="pca", random_state=config.seed), "pca": PCA(2)}
-    out: dict[str, Any] = {"points": taken.tolist()}
+    perplexity = config.perplexity if config.perplexity < n else round((n - 1) / 3, 4)
+    k, alike = min(5, (n - 1) // 2), not np.square(z - z[0]).any()  # scikit-learn's t-SNE ends the process on equal points
+    maps = {"tsne": TSNE(2, perplexity=perplexity, init="pca", random_state=config.seed), "pca": PCA(2)}
+    out: dict[str, Any] = {"points": taken.tolist()} | _cut(perplexity=(config.perplexity, perplexity), trustworthiness=(5, k))
     for name, model in maps.items():
-        xy = model.fit_transform(z)
-        trust = round(float(trustworthiness(z, xy)), 4)
-        out[name] = {"xy": (xy / np.abs(xy).max()).round(3).tolist(), "trustworthiness": trust}
+        xy = np.zeros((n, 2)) if alike else model.fit_transform(z)
+        trust = None if alike or not k else round(float(trustworthiness(z, xy, n_neighbors=k)), 4)
+        out[name] = {"xy": (xy / (np.abs(xy).max() or 1)).round(3).tolist(), "trustworthiness": trust}
     near = (F.normalize(x[taken[:6].to(x.device)], dim=1) @ F.normalize(bank, dim=1).T).topk(min(5, len(bank)), dim=1)
     return out | {"neighbours": near.indices.tolist()}
 
@@ -288,20 +304,23 @@ def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tens
     """The student report's Sec. 5.5 and 6.1 on features: predicted and true labels of the images scored, labels fitted on, and
     top-3 and kNN accuracy (percent), histograms of cosines and distances, and `radial`, the share of a class's spread along
     its mean (1: vectors that differ in length alone). score_on part: as its code did, 80 % of the test images are fitted on,
-    top-3 on a split of its own; else fitted on x and scored on test, logistic regression on standardised features."""
+    top-3 on a split of its own; else fitted on x and scored on test, logistic regression on standardised features. The 32
+    components and the 30 neighbours are cut to the images fitted on, and `cut` says so."""
     from sklearn import decomposition, linear_model, model_selection, neighbors, pipeline, preprocessing
 
     x, y, test, y_test = (t.cpu().numpy() for t in (x, y, test, y_test))
-    part, pca = config.score_on == "part", [decomposition.PCA(32, random_state=0)] * (config.features == "pca")
+    part = config.score_on == "part"
     (fit, scored, y_fit, y_scored), again = (
-        model_selection.train_test_split(test, y_test, train_size=0.8, random_state=config.seed + n)
+        model_selection.train_test_split(test, y_test, train_size=0.8, random_state=(config.seed + n) % 2**32)
         if part else (x, test, y, y_test) for n in (0, 1))
     for labels in (y_fit, again[2]):
         several_classes(torch.from_numpy(labels), f"{len(labels)} test labels that score_on part fits on")
+    components, k = min(32, *fit.shape), min(30, len(fit))
+    pca = [decomposition.PCA(components, random_state=0)] * (config.features == "pca")
     logistic = pipeline.make_pipeline(*pca, *([] if part else [preprocessing.StandardScaler()]),
                                       linear_model.LogisticRegression(max_iter=1000)).fit(fit, y_fit)
     predicted = logistic.predict(scored)
-    knn = pipeline.make_pipeline(*pca, neighbors.KNeighborsClassifier(30)).fit(fit, y_fit).score(scored, y_scored)
+    knn = pipeline.make_pipeline(*pca, neighbors.KNeighborsClassifier(k)).fit(fit, y_fit).score(scored, y_scored)
     scores = (logistic.fit(again[0], again[2]) if part else logistic).predict_proba(again[1])
     top3 = (logistic.classes_[scores.argsort(1)[:, -3:]] == again[3][:, None]).any(1).mean()
     z, label, upper = torch.from_numpy(test[:1000]), y_test[:1000], np.triu_indices(len(test[:1000]), 1)
@@ -309,9 +328,15 @@ def _report(config: EvalConfig, x: Tensor, y: Tensor, test: Tensor, y_test: Tens
     means = one_hot @ (one_hot.T @ z / one_hot.sum(0).clamp(min=1)[:, None])  # (n, F) of every image's class
     along, same = ((z - means) * F.normalize(means, dim=1)).sum(1), (label[:, None] == label)[upper]
     out = {name: round(100 * float(share), 4) for name, share in (("top3", top3), ("knn", knn))}
-    out["radial"] = (along.square().sum() / (z - means).square().sum()).item()
-    for name, d in (("cosine", F.normalize(z, dim=1) @ F.normalize(z, dim=1).T), ("distance", torch.cdist(z, z))):
-        edges = np.histogram_bin_edges(d := d.numpy()[upper], 40)
+    radial = (along.square().sum() / (z - means).square().sum()).item()
+    out["radial"] = None if np.isnan(radial) else radial  # one image of each class, or equal ones: there is no spread
+    out |= _cut(components=(32, components if pca else 32), neighbours=(30, k))
+    for name, every in (("cosine", F.normalize(z, dim=1) @ F.normalize(z, dim=1).T), ("distance", torch.cdist(z, z))):
+        d = every.numpy()[upper]
+        try:
+            edges = np.histogram_bin_edges(d, 40)
+        except ValueError:  # all are nearly the same, and float32 has no 40 numbers between them
+            edges = np.histogram_bin_edges(d.astype(float), 40)
         out[name] = {"edges": edges.round(5).tolist(), "same": np.histogram(d[same], edges)[0].tolist(),
                      "different": np.histogram(d[~same], edges)[0].tolist()}
     return *(torch.from_numpy(v) for v in (predicted, y_scored, y_fit)), out
@@ -339,7 +364,8 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
     that of the pairs, rows the classes of one end. With repeats the accuracy is their mean, `each` the list, and the matrix
     counts them all. At the last epoch `right` says of every test image how often it was right (bytes, zlib, base64;
     `how_often_right` reads it). Kind `tsne` keeps of every query itself and its neighbours as one `train.strip`, 36 small
-    images in all, and the classes of the neighbours.
+    images in all, and the classes of the neighbours. `cut` holds the sizes that were cut to the number of images, where any
+    was.
 
     weights: the run's backbone at config.epoch.  images: the set that config.data names, at the run's size.
     """
@@ -363,7 +389,11 @@ def evaluate(config: EvalConfig, images: Images, weights: Path, *, device: torch
         if config.features != "backbone":
             return pixels[rows].flatten(1) / 255
         if config.bn == "train":  # BatchNorm sees 1,024 images at a time, as in the student report's code
-            return features(copy.deepcopy(net).train(), pixels[rows], stats=stats, device=device, batch=1024)
+            for batch in (1024, 1025):
+                with suppress(ValueError):  # a last one alone on a map of one place, which has no spread: it joins the others
+                    return features(copy.deepcopy(net).train(), pixels[rows], stats=stats, device=device, batch=batch)
+            raise SidaeError(f"bn train needs more than {len(rows)} image of {images.display}: on a map of one place BatchNorm "
+                             "has no spread of one; choose bn eval.")  # fmt: skip
         return shared.features(pixels, rows, stats)
 
     extra: dict[str, Any] = {}

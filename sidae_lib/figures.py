@@ -414,10 +414,10 @@ def points(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     for r in records:
         run = RunConfig.from_dict(r["config"]["run"])
         for name in ("tsne", "pca"):
-            x, y = np.array(r[name]["xy"]).round(3).T
+            (x, y), trust = np.array(r[name]["xy"]).round(3).T, r[name]["trustworthiness"]
             parts.append(pd.DataFrame({"method": run.method, "map": name, "x": x, "y": y, "label": r["labels"],
                                        "index": r["points"], "knn": r["accuracy"], "k": r["config"].get("k", 200),
-                                       "trustworthiness": r[name]["trustworthiness"], "seed": run.seed,
+                                       "trustworthiness": np.nan if trust is None else trust, "seed": run.seed,
                                        "data": r["data"]["name"], "n": 1, "hardware": hardware(r["provenance"])}))
             parts[-1]["class"] = [r["classes"][label] for label in r["labels"]]
     return pd.concat(parts, ignore_index=True)
@@ -435,7 +435,9 @@ def tsne(table: pd.DataFrame) -> Figure:
                 own = part[part["label"] == label]
                 ax.scatter(own["x"], own["y"], s=2, lw=0, color=CLASSES[label % 20], label=name, rasterized=True)
             ax.set(xticks=[], yticks=[])
-            ax.set_xlabel(f"kNN {part['knn'].iloc[0]:.1f} %\ntrustworthiness {part['trustworthiness'].iloc[0]:.2f}", fontsize=6)
+            trust = part["trustworthiness"].iloc[0]
+            ax.set_xlabel(f"kNN {part['knn'].iloc[0]:.1f} %\ntrustworthiness " + ("-" if np.isnan(trust) else f"{trust:.2f}"),
+                          fontsize=6)
             if row == 0:
                 ax.set_title(NAMES[methods_[column]])
             if column == 0:
@@ -874,6 +876,33 @@ def grid(rows: Sequence[torch.Tensor], labels: Sequence[str], mean: Sequence[flo
                 ax.set_ylabel(labels[r], rotation=0, ha="right", va="center")
             if r == 0 and titles:
                 ax.set_title(titles[c], fontsize="small")
+    return fig
+
+
+def sheet(images: data.Images) -> Figure:
+    """A contact sheet, to see whether a set was read as it was meant: eight images of each of the first ten classes, drawn
+    from the training split, else from the split that there is, with the class's name and count beside them."""
+    where = "train" if "train" in images.splits else next(iter(images.splits))
+    x, labels = images.splits[where].images, images.splits[where].labels if where != "unlabeled" else None
+    classes = labels.unique().tolist() if labels is not None else [None]
+    ticks, size, gen = [], x.shape[-1], torch.Generator().manual_seed(0)
+    step = size + max(1, size // 16)
+    canvas = np.full((step * min(len(classes), 10), step * 8, 3), 255, np.uint8)
+    for row, c in enumerate(classes[:10]):
+        of = (labels == c).nonzero()[:, 0] if labels is not None else torch.arange(len(x))
+        for column, i in enumerate(of[torch.randperm(len(of), generator=gen)[:8]].tolist()):
+            canvas[row * step :, column * step :][:size, :size] = x[i].permute(1, 2, 0).numpy()
+        name = "no label" if c is None else " ".join(images.classes[c].split())
+        ticks.append(f"{name if len(name) < 25 else f'{name[:11]}...{name[-10:]}'}\n{len(of):,}")
+    more = f", the first 10 of {len(classes)} classes" if len(classes) > 10 else ""
+    with _figure(6.4, 0.56 * len(ticks) + 0.4) as fig:
+        ax = fig.subplots()
+        ax.imshow(canvas, interpolation="nearest")
+        ax.set_yticks(step * np.arange(len(ticks)) + size / 2, ticks, fontsize=7, parse_math=False)
+        ax.set(xticks=[], anchor="E")
+        ax.set_title(f"{images.display}, {where} split{more}", parse_math=False)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
     return fig
 
 

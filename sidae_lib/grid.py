@@ -113,6 +113,8 @@ def work(version: str, job: runs.Job, given: list[Result], device: str, until: f
         try:
             job.compute(where, deadline, out.said.append)
         except SidaeError as e:
+            if not isinstance(e, train.Stopped):  # which machine lacks the images, or computes what is not finite
+                e.args = (f"{str(e).removesuffix('.')} (on the worker {get_worker().address}).",)
             out.error = e
     out.records, out.files = job.records, (job.run, job.files) if job.files else None
     out.weights = {(job.run, e): path.read_bytes() for e in sent if (path := runs.backbone(job.run, e)).exists()}

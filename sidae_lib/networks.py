@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -358,6 +358,8 @@ def backbone(config: RunConfig) -> nn.Module:
     """The backbone a config names, with `out_features`."""
     c = config
     if c.backbone == "small_cnn":
+        if c.size < 2:
+            raise SidaeError(f"small_cnn fits images of 2 pixels or more, not {c.size}; set a larger size.")
         return SmallCNN(size=c.size, channels=c.channels, sigmoid=c.embed == "sigmoid")
     if c.backbone == "amdim":
         if c.size != 32:
@@ -401,6 +403,12 @@ def load(path: str | Path) -> nn.Module:
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """x on the device; a GPU's comes while this thread goes on, out of memory that is not used again before it is there."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
+def wide(*features: Tensor) -> list[Tensor]:
+    """Features in one type: float64 where some are that, else float32. Halves and integers have too few digits."""
+    kind = reduce(torch.promote_types, (x.dtype for x in features), torch.float32)
+    return [x.to(kind) for x in features]
 
 
 @contextmanager

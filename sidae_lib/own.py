@@ -1,128 +1,148 @@
 """Images of the reader's own: what they are, how to train on them, and what came out, in words (notebook 10)."""
 
 import hashlib
-import io
+import inspect
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from . import data, paths, train
+from . import data, methods, networks, reader, runs, train
 from .config import RunConfig, SidaeError, typed
 from .data import Images, subset
+from .published import Difference
 
 STEPS = {"smoke": 8, "quick": 220, "laptop": 2500, "paper": 19_500}  # optimiser steps of a run without a time budget
 SHARES = (0.01, 0.05, 0.1, 1.0)  # of the training labels, for the learning curve
+# Near copies, from real sets: at least so alike, judged from so many turns of the luminance, so many pairs compared
+ALIKE, TURNS, PAIRS = 0.9, 125, 600_000_000
 PRETRAINED = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "the autoencoder"}
 
 
-def prepare(place: str, size: int = 32) -> tuple[str, list[str]]:
-    """A folder or an npz as people have them -> (a name for `data.load`, what was done, in sentences).
+def prepare(place: str, size: int = 32) -> tuple[str, tuple[str, ...]]:
+    """Images as people have them -> (a name for `data.load`, how they were read, in sentences).
 
-    place: a folder (also `folder:PATH`) of class folders, or of train/, test/ and unlabeled/ with class folders in the
-    first two; an npz (also `npz:PATH`) with MedMNIST's keys; or a name, which passes. In a folder sizes and modes may
-    differ and files may be broken: images become RGB of `size` pixels, what cannot be read is left out and said. Where
-    there is no test split, a fifth of each class becomes one (seed 0). Raises SidaeError where too little is left.
+    place: a folder, zip, npz, npy or Parquet file, by its path; or the name of a set, which passes. Where there is no test
+    split, a fifth of each class becomes one (seed 0). Raises SidaeError where there is no clear way to read it.
     """
-    path = Path(typed("images", place, str).removeprefix("folder:").removeprefix("npz:")).expanduser()
-    notes: list[str] = []
-    if path.is_dir():
-        arrays = _decode(path, size, notes)
-    elif path.suffix == ".npz" and path.is_file():
-        with data._reading(f"{path} could not be read", "it must be a whole npz file of plain arrays"):
-            with np.load(path, allow_pickle=False) as z:
-                if {"test_images", "val_images"} & {*z} or not {"train_images", "train_labels"} <= {*z}:
-                    return f"npz:{path}", []
-                arrays = dict(z)
-    else:
-        return place, []
-    if "test_images" not in arrays:
-        test = _fifth(arrays["train_labels"].ravel())
-        arrays |= {f"{s}_{a}": arrays[f"train_{a}"][rows] for a in ("images", "labels")
-                   for s, rows in (("test", test), ("train", ~test))}  # fmt: skip
-        notes.append(f"There is no test split: {test.sum()} of {len(test)} images, a fifth of each class, became one.")
-    np.savez(content := io.BytesIO(), **arrays)
-    named = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    train.write(out := paths.runs() / "own" / named / f"{path.resolve().stem}.npz", content.getvalue())
-    return f"npz:{out}", notes
+    name = data.place(typed("images", place, str))
+    if ":" in name and not name.startswith("split:"):
+        name = f"split:{name}"
+    beside = name == place and Path(place).is_dir()
+    notes = data.load(name, size=size).notes
+    return name, (*notes, f"{place} is the set of that name; for the folder write ./{place}.") if beside else notes
 
 
-def _decode(root: Path, size: int, notes: list[str]) -> dict[str, np.ndarray]:
-    """The arrays of an npz with MedMNIST's keys, from image files."""
-    def folders(place: Path) -> list[Path]:
-        return sorted(d for d in place.iterdir() if d.is_dir() and d.name[0] != ".")
+def look(images: Images, verdict: bool = True) -> tuple[pd.DataFrame, list[str]]:
+    """One row per split, and what of it weakens a conclusion, in sentences.
 
-    splits = {s: root / s for s in data.SPLITS if (root / s).is_dir()} or {"train": root}
-    classes = [d.name for d in folders(splits.get("train", root))]
-    arrays, broken = {"classes": np.array(classes)}, []
-    for split, place in splits.items():
-        images, labels = [], []
-        for folder in [place] if split == "unlabeled" else folders(place):
-            if split == "test" and folder.name not in classes:
-                raise SidaeError(f"{folder} is a class that train/ does not have; rename or remove it.")
-            for f in sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.name[0] != "."):
-                try:
-                    with Image.open(f) as im:
-                        pixels = torch.from_numpy(np.array(im.convert(data.MODES[im.mode]).convert("RGB")))
-                    images.append(data._fit(pixels.permute(2, 0, 1)[None], size, 3, True)[0].permute(1, 2, 0).numpy())
-                    labels.append(0 if split == "unlabeled" else classes.index(folder.name))
-                except Exception:  # whatever a decoder raises on a damaged file; the file is named
-                    broken.append(f.name)
-        if images:
-            arrays[f"{split}_images"] = np.stack(images)
-            if split != "unlabeled":
-                arrays[f"{split}_labels"] = np.array(labels)
-    if broken:
-        notes.append(f"{len(broken)} files could not be read and were left out: {', '.join(broken[:5])}"
-                     f"{', ...' if len(broken) > 5 else ''}.")  # fmt: skip
-    if len(set(arrays.get("train_labels", np.empty(0)).tolist())) < 2:
-        raise SidaeError(f"{root} has readable images of fewer than two classes; sort them into train/<class>/ and "
-                         "test/<class>/, or into <class>/.")  # fmt: skip
-    return arrays
-
-
-def _fifth(labels: np.ndarray) -> np.ndarray:
-    """Mask of the images that become the test split: a fifth of each class, at least one of every class of two."""
-    test, rng = np.zeros(len(labels), bool), np.random.default_rng(0)
-    for c in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == c))
-        test[rows[: max(round(len(rows) / 5), int(len(rows) > 1))]] = True
-    return test
-
-
-def look(images: Images) -> tuple[pd.DataFrame, list[str]]:
-    """One row per split (images, classes that occur, images of the rarest and the commonest class, exact copies of
-    training images), and what of it weakens a conclusion, in sentences. Raises SidaeError without labels."""
-    rows, warnings = [], []
-    own = {x.tobytes() for x in images.split("train").images.numpy()}
-    for name, split in images.splits.items():
-        count = torch.bincount(split.labels) if split.labels is not None and name != "unlabeled" else torch.zeros(1)
-        copies = sum(x.tobytes() in own for x in split.images.numpy()) if name != "train" else len(split.images) - len(own)
-        rows.append({"split": name, "images": len(split.images), "classes": int((count > 0).sum()),
-                     "rarest": int(count[count > 0].min()) if count.any() else 0, "commonest": int(count.max()),
-                     "copies": copies})  # fmt: skip
+    Columns: images; classes that occur; images of the rarest and the commonest class; exact copies of training images;
+    test images that are nearly a training image ("-": not judged); files left out, by reason, those of no split in the row
+    "-". Raises SidaeError where no verdict can be reached; without `verdict`, the first sentence says so instead.
+    """
+    splits, rows, warnings = images.splits, [], []
+    own = {_digest(x) for x in splits["train"].images} if "train" in splits else set()
+    reasons = dict.fromkeys(reason for _, reason, _ in images.left)
+    for name in dict.fromkeys([*splits, *(s for s, _, _ in images.left)]):
+        row: dict[str, Any] = {"split": name or "-"} | dict.fromkeys(("images", "classes", "rarest", "commonest", "copies",
+                                                                      "near"), "-")  # fmt: skip
+        if name in splits:
+            x, labels = splits[name].images, splits[name].labels if name != "unlabeled" else None
+            count = torch.bincount(labels) if labels is not None else torch.zeros(1, dtype=torch.int64)
+            row |= {"images": len(x), "classes": int((count > 0).sum()), "commonest": int(count.max()),
+                    "rarest": int(count[count > 0].min()) if count.any() else 0,
+                    "copies": len(x) - len(own) if name == "train" else sum(_digest(i) in own for i in x)}  # fmt: skip
+        rows.append(row | {r: sum(n for s, why, n in images.left if (s, why) == (name, r)) for r in reasons})
+    if both := {"train", "test"} <= {*splits}:
+        bank, x = splits["train"].images, splits["test"].images
+        some = subset(len(x), count=min(len(x), max(1, PAIRS // len(bank))))
+        if (near := _near(x[some], bank)) is not None:
+            rows[[*splits].index("test")]["near"] = sum(_digest(i) not in own for i in x[some[near]])
     table = pd.DataFrame(rows).set_index("split")
-    for name in ("train", "test"):
-        if images.split(name).labels is None:
-            raise SidaeError(f"The {name} split of {images.display} has no labels, so no verdict can be reached on it.")
+    without = [s for s in ("train", "test") if s not in splits or splits[s].labels is None]
+    if without or table.classes["train"] < 2:
+        why = (f"{images.display} has no {without[0]} split with labels" if without else
+               f"All training images of {images.display} are of one class") + ", so no verdict can be reached on it" + (
+               ": only pre-training is possible." if "unlabeled" in splits else ".")
+        if verdict:
+            raise SidaeError(why)
+        warnings.append(why)
+    if not both:
+        return table, warnings
     test = table.loc["test"]
     if test.copies:
         warnings.append(f"{test.copies} of {test.images} test images are also training images: accuracies are too high.")
+    if test.near != "-" and test.near > len(some) / 20:  # fewer move an accuracy by less than other things do
+        warnings.append(f"{test.near} of {len(some)} test images are nearly the same as a training image, as neighbouring "
+                        "frames of a video are: accuracies are too high. Put each video, patient or burst into one split.")
+    if len(some) < len(x):
+        warnings.append(f"Near copies were looked for among {len(some)} of the {len(x)} test images.")
+    if without:
+        return table, warnings
     if table.commonest["train"] > 10 * table.rarest["train"]:
         warnings.append(f"The classes are unbalanced, {table.rarest['train']} to {table.commonest['train']} images: always "
                         f"guessing the commonest scores {100 * test.commonest / test.images:.0f} %.")  # fmt: skip
     if test.images < 400:
-        warnings.append(f"{test.images} test images: a difference below {196 * math.sqrt(0.5 / test.images):.0f} points "
-                        "cannot be told from chance.")  # fmt: skip
+        half = 196 * math.sqrt(0.5 / test.images)
+        warnings.append(f"{test.images} test images: " + (f"a difference below {half:.0f} points cannot be told from chance."
+                        if half < 50 else "too few to tell a difference from chance."))  # fmt: skip
     return table, warnings
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
+
+
+def _near(test: Tensor, train: Tensor) -> Tensor | None:
+    """Which test images (N, C, S, S) are a training image saved again, resized, brighter or moved by a pixel or two; None
+    where too few are rich enough to tell: two plain shapes on plain ground, as digits are, look alike by chance.
+
+    A perceptual hash: an image is shrunk and its neighbouring cells compared (N. Krawetz, "Kind of Like That", The Hacker
+    Factor Blog, 2013). It keeps the differences themselves, as noise turns the signs of small ones, and is taken twice: of
+    7 x 7 cells to find the three likeliest training images, of 14 x 14, moved by up to two pixels, to judge them.
+    """
+    bank = torch.cat([_hash(_grey(b), 4)[0] for b in train.split(4096)])
+    near, rich = [], []
+    for block in test.split(max(1, min(4096, 2**24 // len(train)))):  # 64 MiB of products
+        x = _grey(block)
+        likely = (_hash(x, 4)[0] @ bank.T).topk(min(3, len(train))).indices  # (n, 3)
+        found = _grey(train[likely.flatten()])
+        same = torch.einsum("mnd,nkd->mnk", _hash(x, 2, range(-2, 3)), _hash(found, 2)[0].unflatten(0, likely.shape))
+        alike, which = same.amax(0).max(1)
+        best = found.unflatten(0, likely.shape)[torch.arange(len(x)), which]
+        rich.append(torch.maximum(_turns(x), _turns(best)) > TURNS)
+        near.append((alike > ALIKE) & rich[-1])
+    return torch.cat(near).nonzero()[:, 0] if torch.cat(rich).double().mean() > 0.5 else None
+
+
+def _grey(x: Tensor) -> Tensor:
+    """uint8 (N, C, S, S) -> luminance (N, 1, 32, 32)."""
+    return reader.fit(x, 32, 1, True)[:, :1].float()
+
+
+def _hash(x: Tensor, cell: int, moves: Iterable[int] = (0,)) -> Tensor:
+    """Differences between neighbouring cells of a window 28 pixels wide, at length 1, for each move of the window down and
+    to the right: (moves * moves, N, D)."""
+    means = F.avg_pool2d(x, cell, 1)
+    cut = [means[:, 0, 2 + dy : 28 + dy : cell, 2 + dx : 28 + dx : cell] for dy in moves for dx in moves]
+    return torch.stack([F.normalize(torch.cat([c.diff(dim=d).flatten(1) for d in (1, 2)], 1)) for c in cut])
+
+
+def _turns(x: Tensor) -> Tensor:
+    """How often the luminance turns, from rising to falling or back by more than 4 each, along rows and columns: (N,). Means of
+    2 x 2 pixels, so that noise does not count for shapes."""
+    x = F.avg_pool2d(x, 2, 1)
+    steps = [x.diff(dim=d).transpose(d, 3) for d in (2, 3)]
+    signs = [torch.where(s.abs() > 4, s.sign(), 0) for s in steps]
+    return sum((s[..., 1:] * s[..., :-1] < 0).sum((1, 2, 3)) for s in signs)
 
 
 def hidden(images: Images, labels: int = 0) -> pd.DataFrame:
@@ -134,8 +154,9 @@ def hidden(images: Images, labels: int = 0) -> pd.DataFrame:
     by three standard deviations and by a twentieth of all.
     """
     split = images.split("train")
-    rows = subset(len(split.labels), count=typed("labels", labels, int))[torch.randperm(labels or len(split.labels),
-                                                                  generator=torch.Generator().manual_seed(0))[:2000]]
+    labels = min(typed("labels", labels, int) or len(split.labels), len(split.labels))
+    few = torch.randperm(labels, generator=torch.Generator().manual_seed(0))[:2000]
+    rows = subset(len(split.labels), count=labels)[few]
     x, y = split.images[rows] / 255, split.labels[rows]
     grey = x.mean(1).flatten(1)
     shape = (grey - grey.mean(1, keepdim=True)) / grey.std(1, keepdim=True).clamp(min=1e-3)
@@ -157,13 +178,14 @@ def hidden(images: Images, labels: int = 0) -> pd.DataFrame:
 
 
 class Plan(NamedTuple):
-    """fields: of every pre-training RunConfig.  counts: of labels on the learning curve, the reader's own among them.
-    steps: of each run.  reasons: why, in sentences."""
+    """fields: of every pre-training RunConfig.  counts: of labels on the learning curve, the reader's own, `labels`, among
+    them.  steps: of each run.  reasons: why, in sentences."""
 
     fields: dict[str, Any]
     counts: tuple[int, ...]
     steps: int
     reasons: list[str]
+    labels: int
 
 
 def plan(images: Images, network: RunConfig, steps: int, *, labels: int = 0, minutes: float = 0.0, seeds: Sequence[int] = (0,),
@@ -171,21 +193,28 @@ def plan(images: Images, network: RunConfig, steps: int, *, labels: int = 0, min
     """Batch, epochs and augmentation for these images, with reasons.
 
     network: any pre-training run on them at the wanted size; its batch is the largest.  steps: of each run, unless
-    `minutes` (for everything) are given: then a few steps are timed.  labels: how many the reader has, 0 = all.
+    `minutes` (for everything) are given: then a few steps are timed.  labels: how many the reader has, 0 = all, cut to as
+    many as there are.
     """
-    labels, minutes, seeds = typed("labels", labels, int), typed("budget", minutes, float), typed("seeds", seeds, list)
+    labels, minutes = typed("labels", labels, int), typed("budget", minutes, float)
+    seeds = typed("seeds", seeds, list) or [0, 1, 2]  # as in `experiments.your_own_images`
+    if not minutes >= 0:
+        raise SidaeError(f"budget is minutes, or 0 for the scale's length, not {minutes}.")
     split, x = images.split("train"), images.split("train").images
     n, share, every = len(x), "train", len(split.labels)
     if "unlabeled" in images.splits and len(images.split("unlabeled").images) > n:
         n, share = len(images.split("unlabeled").images), "unlabeled"
-    labels = labels or every
+    wanted, labels = labels, min(labels or every, every)
     counts = tuple(sorted(c for c in {labels, *(round(f * every) for f in SHARES)} if c and all(
         len(split.labels[subset(every, count=c, seed=s)].unique()) > 1 for s in seeds)))
     if labels not in counts:
         raise SidaeError(f"{labels} labels of {images.display} are all of one class; at least two classes are needed.")
-    batch = min(network.batch, 2 ** max(3, int(math.log2(max(n, 8) / 4))))
+    batch = min(network.batch, 2 ** max(min(3, int(math.log2(n))), int(math.log2(max(n, 8) / 4))))
     reasons = [f"Pre-training on the {n} images of the {share} split, batch {batch}: "
-               + ("the scale's own." if batch == network.batch else "small, so that an epoch has several steps.")]  # fmt: skip
+               + ("the scale's own." if batch == network.batch else "small, so that an epoch has several steps."
+                  if n >= 2 * batch else "small, as the images are few.")]  # fmt: skip
+    if wanted > labels:
+        reasons.append(f"{labels} labels instead of {wanted}: there are no more training images with labels.")
     grey = bool((x == x[:, :1]).all())
     table = hidden(images, labels)
     bad = [name for name in table.index if table.hides[name]]
@@ -197,15 +226,15 @@ def plan(images: Images, network: RunConfig, steps: int, *, labels: int = 0, min
     fields = {"split": share, "batch": batch, "augment": augment}
     if minutes:
         second = _step(network.replace(pool=min(n, 8 * batch), epochs=1, **fields), images, device)
-        steps = max(1, int(0.6 * 60 * minutes / (second * len(seeds) * (3 + 0.6 * len(counts)))))  # the rest: evaluation
-        steps = min(steps, max(200 * (n // batch), 2500))
+        fit = 0.6 * 60 * minutes / (second * len(seeds) * (3 + 0.6 * len(counts)))  # the rest: evaluation
+        steps = max(1, int(min(fit, max(200 * (n // batch), 2500))))
         reasons.append(f"{steps} steps a run: one takes {1000 * second:.0f} ms here, and {minutes:g} minutes must do for "
                        f"three methods and {len(counts)} supervised networks, {len(seeds)} times each.")  # fmt: skip
     epochs = max(1, math.ceil(steps / (n // batch)))
     pool = batch * steps if steps < n // batch else 0
     reasons.append(f"{epochs} epoch{'s' * (epochs > 1)} of {pool or n} images." + (
         " Fewer than 300 steps: enough to see that it works, not to learn much." if steps < 300 else ""))
-    return Plan(fields | {"epochs": epochs, "pool": pool}, counts, steps, reasons)
+    return Plan(fields | {"epochs": epochs, "pool": pool}, counts, steps, reasons, labels)
 
 
 def _step(config: RunConfig, images: Images, device: str) -> float:
@@ -231,14 +260,14 @@ def verdict(records: Sequence[dict[str, Any]], labels: int) -> list[str]:
     frame = pd.DataFrame([{"method": c["run"]["method"], "seed": c["run"].get("seed", 0), "labels": r["n_train"],
                            "accuracy": r["accuracy"], "n": r["n_test"]} for r in records for c in (r["config"],)])
     tests, own = int(frame["n"].min()), frame[frame["labels"] == labels]
+    if own.empty:
+        raise SidaeError(f"No record has {labels} labels; give one of {', '.join(map(str, sorted(set(frame['labels']))))}.")
     wide = own.pivot(index="seed", columns="method", values="accuracy")
     if len(wide) < 2:
         raise SidaeError("A verdict needs at least two seeds, since one has no spread; ask for more.")
     mean = wide.mean()
 
     def gap(a: str, b: str) -> tuple[float, float, float]:
-        from .published import Difference  # needs scipy, slow to import
-
         sampling = 100 * math.sqrt(sum(p * (1 - p) for p in (mean[a] / 100, mean[b] / 100)) / tests)
         d = Difference(wide[a] - wide[b], sampling)
         half = d.half(0.05 / len(PRETRAINED))
@@ -274,3 +303,63 @@ def _needed(curve: pd.Series, accuracy: float) -> str:
     if accuracy > reached.iloc[-1]:
         return f"more than {reached.index[-1]}"
     return f"{math.exp(np.interp(accuracy, reached, np.log(reached.index))):.0f}"
+
+
+def card(run: RunConfig, images: Images, records: Sequence[dict[str, Any]], labels: int) -> Path:
+    """A model card in Markdown beside a run's backbone: what it is, of which images, how good it is with `labels` labels, and
+    the lines that load it.
+
+    records: among them this method's evaluations by logistic regression, one a seed. Their interval is Student's t over the
+    seeds and the sampling of the test images, added in squares. Raises SidaeError where there is none, or no backbone.
+    """
+    from . import figures  # needs matplotlib, slow to import
+
+    def of(config: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k != "seed"}
+
+    net, name, made = networks.load(path := runs.backbone(run)), figures.NAMES[run.method], runs.find(run)
+    tried = {r["key"]: r for r in records if r.get("kind") == "logistic" and r["n_train"] == labels
+             and r["epoch"] == run.epochs and of(r["config"]["run"]) == of(run.to_dict())}.values()  # fmt: skip
+    scores = pd.Series({r["config"]["run"].get("seed", 0): r["accuracy"] for r in tried}, dtype=float)
+    if made is None or images.fingerprint != run.data or run.seed not in scores or len(scores) < len(tried):
+        raise SidaeError(f"A card of {name} {run.key()} needs its images, its record and, with {labels} labels, one evaluation "
+                         "by logistic regression a seed, its own among them; fetch these first.")  # fmt: skip
+    tests, mean = min(r["n_test"] for r in tried), scores.mean()
+    _, low, high = Difference(scores, math.sqrt(mean * (100 - mean) / tests)).interval()
+    span = f"95 % interval {max(low, 0):.1f} to {min(high, 100):.1f}" if len(scores) > 1 else "no interval from one seed"
+    where, p = [r["provenance"] for r in (made, *tried)], made["provenance"]
+    n = run.label_count or run.pool or round(run.labels * len(images.split(run.split).images))
+    shape = f"{run.channels}, {run.size}, {run.size}"
+    text = f"""# {name} on {images.display}
+
+- Method: {name}{f" ({of_paper})" if (of_paper := paper(run.method)) else ""}, seed {run.seed}, run {run.key()}
+- Images: {images.display}, fingerprint {run.data}
+- Pre-training: {n} images of the {run.split} split, {made["steps"]} steps of {run.batch}, epochs: {run.epochs}, {run.augment}
+- Network: {run.backbone}, width {run.width}, {net.out_features} features
+- Input: (N, {shape}), pixels in 0 to 1 less mean {net.mean}, over std {net.std}
+- Accuracy: {mean:.1f} % ({span}, n = {len(scores)}), {tests} test images; of this seed {scores[run.seed]:.1f} %
+- Judged by: logistic regression on the frozen features, {labels} labels; the interval is of seeds and test images
+- Computed on: {figures.distinct(map(figures.hardware, where))}; {made["seconds"]:.0f} s of training
+- Versions: sidae_lib {p["package"]}, commit {p["commit"]}, torch {p["torch"]}
+- Licence of the code: MIT
+
+In the folder of this card:
+
+```python
+import torch
+from sidae_lib import networks
+
+net = networks.load("{path.name}")
+pixels = torch.randint(0, 256, (4, {shape}), dtype=torch.uint8)  # your images
+features = networks.features(net, pixels, stats=(net.mean, net.std), device=torch.device("cpu"))  # (4, {net.out_features})
+```
+"""
+    train.write(out := path.with_suffix(".md"), text.encode())
+    return out
+
+
+def paper(method: str) -> str:
+    """The number of a method's paper, as its class or else its file names it first; empty where there is none."""
+    cls = methods.METHODS[method]
+    found = re.search(r"arXiv:[\d.]+\d", f"{cls.__doc__} {inspect.getmodule(cls).__doc__}")
+    return found[0] if found else ""

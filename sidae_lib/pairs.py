@@ -83,7 +83,7 @@ def mine(z: Tensor, *, k: int, low: float, high: float, count: int | None = None
     if not 2 <= k <= len(z) or not low < high or any(v is not None and v < 1 for v in (count, max_per_anchor)):
         raise SidaeError(f"Pairs are mined among 2 to {len(z)} images between two rising thresholds, with count and "
                          f"max_per_anchor above 0; got k {k}, [{low}, {high}], {count}, {max_per_anchor}.")  # fmt: skip
-    chosen = subset(len(z), count=k, seed=seed).to(z.device)
+    (z,), chosen = networks.wide(z), subset(len(z), count=k, seed=seed).to(z.device)
     z, wanted, precision = z if k == len(z) else z[chosen], count, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 and bfloat16 would move a cosine by ten times MARGIN
     try:

@@ -9,9 +9,14 @@ _above = Path(__file__).resolve().parents[1]
 ROOT = _above if (_above / "notebooks").is_dir() else Path.cwd()  # a checkout, or where an installed copy is used
 
 
+def absolute(place: str | Path) -> Path:
+    """As it is meant here, for a process that works in another folder. A `~` of nobody stays what it is."""
+    return Path(os.path.realpath(os.path.expanduser(place)))
+
+
 def _folder(variable: str, default: str) -> Path:
     value = os.environ.get(variable)
-    return Path(value).expanduser().resolve() if value else ROOT / default
+    return absolute(value) if value else ROOT / default
 
 
 def data() -> Path:
@@ -21,9 +26,9 @@ def data() -> Path:
 
 def use_data(folder: str | Path) -> None:
     """Makes `folder` that of the image sets, for this process and those that it starts. Raises SidaeError if it is none."""
-    if not Path(folder).expanduser().is_dir():
+    if not os.path.isdir(there := absolute(folder)):
         raise SidaeError(f"--data {folder} is not a folder; name the one that holds the image sets.")
-    os.environ["SIDAE_DATA"] = str(Path(folder).expanduser().resolve())
+    os.environ["SIDAE_DATA"] = str(there)
 
 
 def runs() -> Path:

@@ -130,9 +130,9 @@ class _Process:
 
     def lost(self) -> str:
         """By what it was ended, once it is gone."""
-        assert self.process
-        self.process.join()
-        code, self.process = self.process.exitcode or 0, None
+        process = cast(BaseProcess, self.process)
+        process.join()
+        code, self.process = process.exitcode or 0, None
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
 
 from .evaluate import how_often_right
 
@@ -63,6 +62,8 @@ class Difference:
         """Half of the two-sided interval of level 1 - alpha; infinite for one seed. n: as if there were so many seeds."""
         if len(self) < 2:
             return np.inf
+        from scipy import stats  # a second to import, for every process of the command line
+
         n = n or len(self)
         spread = float(self.seeds.std(ddof=1)) / n**0.5
         return float(np.hypot(stats.t.isf(alpha / 2, n - 1) * spread, stats.norm.isf(alpha / 2) * self.images))
@@ -85,6 +86,8 @@ class Difference:
 
     def p(self, low: float = 0.0, high: float = np.inf) -> float:
         """The least alpha at which the interval decides; of a verdict, supported or contradicted, it is the p-value."""
+        from scipy import optimize
+
         room = self._room(low, high)
         if not room or self.half(1 - 1e-12) > room:
             return 1.0
@@ -94,6 +97,8 @@ class Difference:
         """Where the mean is as claimed and the interval too wide: how many seeds of this spread would decide it."""
         if not low < self.mean < high or self.verdict(low, high) == "supported" or len(self) < 2:
             return ""
+        from scipy import stats
+
         room, most = self._room(low, high), 1000
         if stats.norm.isf(0.025) * self.images >= room:
             return "more test images"

@@ -65,7 +65,7 @@ def device_of(name: str) -> torch.device:
 def several_classes(labels: Tensor, which: str) -> None:
     """Raises SidaeError unless there are two classes at least: fitted on one, everything is that one."""
     if len(labels.unique()) < 2:
-        raise SidaeError(f"The {which} are all of one class; choose more.")
+        raise SidaeError(f"The {which} are all of one class; at least two classes are needed.")
 
 
 def training_pairs(config: RunConfig, images: Images, device: torch.device) -> tuple[Tensor, pairs.Pairs | None]:
@@ -218,6 +218,9 @@ class Run(Step):
         self.method.eval()
         h = self.method.features(x).float()
         self.method.train()
+        if not h.isfinite().all():
+            raise SidaeError(f"The features of {self.config.method} {self.config.key()} are not finite at step {self.step}. "
+                             "Lower lr, enlarge batch or check the data.")  # fmt: skip
         out = {"feature_rank": networks.effective_rank(h).item()}
         if self.labels is not None:
             h, y = F.normalize(h, dim=1), self.labels[self.monitored]

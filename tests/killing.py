@@ -287,15 +287,6 @@ def signalled() -> list:
     return out
 
 
-def twice() -> list:
-    configs, out = wanted("sidae", 0), []
-    for name in ("runs", "runs-2"):
-        os.environ["SIDAE_RUNS"] = str(paths.runs().with_name(name))
-        assert fork(lambda: fetch(configs)) == 0
-        out.append(bare([runs.find(c) for c in configs]))
-    return out
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, out = Path(sys.argv[1]), {}

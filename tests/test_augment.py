@@ -321,6 +321,8 @@ def test_autocast_changes_no_pixel():
 
 
 def test_unknown_name():
+    with pytest.raises(SidaeError, match="^Images of 4 pixels cannot be shifted by 4; "):
+        augment.VIEWS["yadim"].draw(3, 4, torch.Generator())
     with pytest.raises(SidaeError, match="'simsiam'.*simsiam_cifar, simsiam_grey, .*fer, .*none"):
         augment.check("simsiam")
     for name in VIEWS:

@@ -1,5 +1,6 @@
 """The environment: its three descriptions agree, and run_all.sh makes it whole or says why not."""
 
+import ast
 import fcntl
 import os
 import re
@@ -64,13 +65,26 @@ def test_tracked_tree_is_small():
     assert sum(f.stat().st_size for f in files if f.exists()) < 20 * 2**20
 
 
+@in_git
+def test_a_clone_that_asks_for_the_line_ends_of_windows_has_none(tmp_path):
+    """bash reads no script with them. Binary files are as they were, and nothing waits to be normalised."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "-c", "core.autocrlf=true", str(ROOT), str(clone)], check=True)
+    lines = subprocess.run(["git", "ls-files", "--eol"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    found = {tuple(line.split()[:2]) for line in lines.splitlines()}
+    assert found <= {("i/lf", "w/lf"), ("i/none", "w/none"), ("i/-text", "w/-text")}, found  # in the index, in the folder
+    for name in ("run_all.sh", "requirements.lock", "notebooks/00_sidae_step_by_step.ipynb"):
+        assert b"\r" not in (clone / name).read_bytes()
+    assert not subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, check=True).stdout
+
+
 # --- run_all.sh ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scripts(tmp_path: Path) -> Path:
-    """What run_all.sh needs to make an environment, in a folder with a space in its name."""
-    folder = tmp_path / "a copy"
+    """What run_all.sh needs to make an environment, in a folder with a space and an umlaut in its name."""
+    folder = tmp_path / "Übung 1"
     folder.mkdir()
     for name in ("run_all.sh", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
@@ -134,7 +148,7 @@ def test_no_network_leaves_nothing_that_passes_for_whole(scripts, bare, tmp_path
     shim(tmp_path / "shims", "python3.12", f'exec "{sys.executable}" "$@"')
     for _ in range(2):  # the second call does not take what the first left for an environment
         done = run_all(scripts, env=bare)
-        refused(done, "no network", str(scripts / ".venv" / "make.log"))
+        refused(done, "No matching distribution found for uv", str(scripts / ".venv" / "make.log"))
     assert "uv" in (scripts / ".venv" / "make.log").read_text()
     assert not (scripts / ".venv" / "stamp").exists()
 
@@ -177,7 +191,7 @@ def test_a_venv_of_somebody_else_is_left_as_it_is(scripts, stub, tmp_path, kind)
     before = files(tmp_path)
     refused(run_all(scripts, env=stub), str(venv), "not made by this script", "move it away")
     after = files(tmp_path)
-    after.pop("a copy/.venv.lock")
+    after.pop("Übung 1/.venv.lock")
     assert after == before
 
 
@@ -203,17 +217,83 @@ def test_a_second_call_waits_for_the_first(scripts, bare):
         with pytest.raises(subprocess.TimeoutExpired):
             run_all(scripts, env=bare, timeout=2)
         assert not (scripts / ".venv").exists()
-    refused(run_all(scripts, env=bare), "no network")  # now it is its turn
+    refused(run_all(scripts, env=bare), "No matching distribution found for uv")  # now it is its turn
 
 
-def test_an_active_environment_is_used(scripts, bare):
+def test_an_active_environment_is_used(scripts, stub):
     shutil.copytree(ROOT / "sidae_lib", scripts / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
     (scripts / "notebooks").mkdir()
-    done = run_all(scripts, env=bare | {"VIRTUAL_ENV": sys.prefix})
+    done = run_all(scripts, env=stub | {"VIRTUAL_ENV": sys.prefix})
     refused(done, f"no notebook in {scripts / 'notebooks'}", code=2)  # got there, with this folder's own package
     assert not (scripts / ".venv").exists()
-    done = run_all(scripts, env=bare | {"VIRTUAL_ENV": str(scripts)})  # active, but without the package
-    refused(done, "no network")
+    done = run_all(scripts, env=stub | {"VIRTUAL_ENV": str(scripts)})  # active, but without the package
+    assert done.returncode == 1 and f"venv -m venv {scripts}" in done.stderr
+
+
+LOGS = {  # what pip and uv say -> what of it stands in the sentence
+    """WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<pip.HTTPSConnection at 0x7f>: \
+Failed to establish a new connection: [Errno -2] Name or service not known')': /simple/uv/
+ERROR: Could not find a version that satisfies the requirement uv (from versions: none)
+ERROR: No matching distribution found for uv
+""": "No matching distribution found for uv: Failed to establish a new connection: [Errno -2] Name or service not known",
+    """Using Python 3.11.7 environment at: .venv
+error: Failed to download `idna==3.10`
+  cause: Failed to extract archive: idna-3.10-py3-none-any.whl
+  Caused by: failed to write to file `a b/uts46data.py`: No space left on device (os error 28)
+""": "Failed to download `idna==3.10`: failed to write to file `a b/uts46data.py`: No space left on device (os error 28)",
+    """  × Failed to download `idna==3.10`
+  ╰─▶ Hash mismatch for `idna==3.10`
+
+      Computed:
+        sha256:946d
+""": "Failed to download `idna==3.10`: Hash mismatch for `idna==3.10`",
+    "Resolved 1 package in 510ms\nKilled\n\n": "Killed",
+    "": "nothing was said",
+}
+
+
+@pytest.mark.parametrize("log", LOGS, ids=["pip", "uv", "uv of old", "a signal", "nothing"])
+def test_the_last_reason_is_found(log, tmp_path):
+    (tmp_path / "log").write_text(log)
+    function = re.search(r"^reason\(\).*?^}", (ROOT / "run_all.sh").read_text(), re.DOTALL | re.MULTILINE)[0]
+    said = subprocess.run(["bash", "-c", f"{function}\nreason log"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout == f"{LOGS[log]}\n"
+
+
+UV = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(not UV, reason="no uv here")
+@pytest.mark.parametrize("home", ["a file", "below a file", "none"])
+def test_a_home_that_cannot_be_written(home, scripts, bare, tmp_path):
+    """It is named, and what belongs there goes beside the environment. uv, which looks at its cache first, is real; what it
+    would install is not asked for."""
+    (tmp_path / "file").touch()
+    shim(tmp_path / "shims", "python3", f"""case "$*" in "-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" &&
+        printf '#!/bin/sh\\nexec "{UV}" pip list --quiet --python "{sys.executable}"' >"$3/bin/uv" && chmod +x "$3/bin/uv" ;;
+        "-m pip"*) ;; "-m jupyterlab"*) env ;; *) exec "{sys.executable}" "$@" ;; esac""")
+    env = bare | {"HOME": str(tmp_path / {"a file": "file", "below a file": "file/home", "none": "no/home"}[home])}
+    env = {k: v for k, v in env.items() if not k.startswith(("XDG_", "JUPYTER_", "MPLCONFIG", "IPYTHON"))}
+    failed = run_all(scripts, "lab", env=env | {"UV_CACHE_DIR": str(tmp_path / "file")})
+    refused(failed, "could not be made: Failed to initialize cache at ", "make.log; mend it")
+    done = run_all(scripts, "lab", env=env)
+    assert done.returncode == 0, done.stderr
+    used = dict(line.split("=", 1) for line in done.stdout.splitlines() if f"={scripts}/.venv.home/" in line)
+    if home == "none":  # which can be made
+        assert not used and (tmp_path / "no" / "home" / ".cache" / "uv").is_dir()
+        return
+    assert sorted(used) == ["IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME"]
+    assert f"Cannot write to {env['HOME']}/.cache, " in done.stdout and (scripts / ".venv.home" / ".cache" / "uv").is_dir()
+
+
+def test_a_relative_folder_is_the_callers_in_every_notebook(scripts, bare, tmp_path):
+    """JupyterLab's kernels work in notebooks/."""
+    shim(scripts, "python", 'case "$*" in *jupyterlab*) env ;; esac')
+    (scripts / "bin").mkdir()
+    (scripts / "python").rename(scripts / "bin" / "python")
+    asked = {"SIDAE_DATA": "my images", "SIDAE_RUNS": "/store", "SIDAE_FIGURES": "~/figures", "VIRTUAL_ENV": str(scripts)}
+    said = run_all(scripts, "lab", env=bare | asked).stdout.splitlines()
+    assert {"SIDAE_DATA=//my images", "SIDAE_RUNS=/store", "SIDAE_FIGURES=~/figures"} <= {*said}  # the caller's folder is /
 
 
 @pytest.fixture
@@ -298,25 +378,29 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_library_needs_no_jupyter():
-    absent = "import sys; sys.modules.update(dict.fromkeys(['IPython', 'papermill', 'nbformat']))"
+def test_a_slim_image(store):
+    """No Jupyter and no git on the machine: every module but one is imported, figures are listed, and a run and its evaluation
+    are made, of no known commit."""
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "sidae_lib").rglob("*.py")]
     assert "sidae_lib.batch" in modules
-    listed = python(f"{absent}; import runpy, {', '.join(m for m in modules if m != 'sidae_lib.batch')}; "
-                    "sys.argv = ['sidae', 'list', '--scale', 'smoke']; "
-                    "runpy.run_module('sidae_lib', run_name='__main__')")
-    assert "accuracy_vs_epochs" in listed
+    code = ("import sys; sys.modules.update(dict.fromkeys(['IPython', 'papermill', 'nbformat']))\n"
+            f"import {', '.join(m for m in modules if m not in ('sidae_lib.batch', 'sidae_lib.__main__'))}\n"
+            "from sidae_lib import __main__, experiments, runs; from sidae_lib.config import EvalConfig\n"
+            "c = experiments.run('simsiam', 'digits', 'smoke', epochs=1)\n"
+            "made = runs.fetch_all([c, EvalConfig(run=c, kind='knn')], log=lambda _: None)\n"
+            "print({r['provenance']['commit'] for r in made})\n"
+            "sys.exit(__main__.main(['list', '--scale', 'smoke']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PATH": str(store)}, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("{None}\n") and "accuracy_vs_epochs" in done.stdout, done.stderr
 
 
-def test_no_git_on_the_machine(tmp_path):
-    """Slim images have none: a run and its evaluation are made, of no known commit."""
-    code = ("from sidae_lib import experiments, runs; from sidae_lib.config import EvalConfig; "
-            "c = experiments.run('simsiam', 'digits', 'smoke', epochs=1); "
-            "made = runs.fetch_all([c, EvalConfig(run=c, kind='knn')], log=lambda _: None); "
-            "print({r['provenance']['commit'] for r in made})")
-    env = os.environ | {"PATH": str(tmp_path), "SIDAE_RUNS": str(tmp_path / "runs"), "SIDAE_RECORDS": str(tmp_path / "records")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "{None}\n", done.stderr
+def test_the_library_needs_no_assertion_and_no_docstring():
+    """`python -OO` leaves both out: a docstring is handed on, as argparse takes it, and never looked into."""
+    for path in (ROOT / "sidae_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.Assert), (path, node.lineno)
+            assert not isinstance(node, ast.Attribute) or "__doc__" not in ast.unparse(node.value), (path, node.lineno)
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -38,16 +40,17 @@ def fitted() -> SidAEFeatures:
     return SidAEFeatures(**SMALL).fit(DIGITS.images)
 
 
-def test_features_are_the_saved_backbones(fitted, tmp_path):
-    """By hand: rescale to bytes, resize, normalise, and the weights as `networks.load` reads them."""
+@pytest.mark.parametrize("images", [DIGITS.images[:50], np.random.default_rng(0).integers(0, 17, (9, 40, 24))])
+def test_features_are_the_saved_backbones(fitted, images, tmp_path):
+    """By hand: rescale to bytes, resize whatever size it is, normalise, and the weights as `networks.load` reads them."""
     (path := tmp_path / "b.safetensors").write_bytes(fitted.weights_)
     net = networks.load(path)
-    x = torch.from_numpy(np.float32(DIGITS.images[:50] / 16 * 255))[:, None]
-    x = torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear").round().expand(-1, 3, -1, -1) / 255
+    x = torch.from_numpy(np.float32(images / 16 * 255))[:, None]
+    x = torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True).round().expand(-1, 3, -1, -1) / 255
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (net.mean, net.std))
     with torch.no_grad():
         slow = net((x - mean) / std)
-    assert np.allclose(fitted.transform(DIGITS.images[:50]), slow, atol=1e-5)
+    assert np.allclose(fitted.transform(images), slow, atol=1e-5)
     assert net.config == RunConfig.from_dict(fitted.record_["config"]) and net.config.epochs == 1
 
 
@@ -150,7 +153,8 @@ def test_width(width, features):
 
 
 @pytest.mark.parametrize(("change", "shape", "word"), [
-    ({}, (9, 8, 8, 2), r"not \(9, 8, 8, 2\)"), ({}, (9, 8, 8, 3, 1), "X must be"), ({}, (1, 8, 8), "minimum of 2"),
+    ({}, (9, 8, 8, 2), r"not \(9, 8, 8, 2\)"), ({}, (9, 8, 8, 3, 1), "X must be"), ({}, (9, 3, 8, 1), "reads as"),
+    ({}, (1, 8, 8), "minimum of 2"),
     ({"method": "simclear"}, (9, 8, 8), "Unknown method"), ({"w": 2.0}, (9, 8, 8), "w must lie in"),
     ({"augment": "nothing"}, (9, 8, 8), "Unknown augmentation"),
 ])  # fmt: skip
@@ -159,9 +163,71 @@ def test_bad_input_is_a_sentence(change, shape, word):
         SidAEFeatures(**SMALL | change).fit(np.random.default_rng(0).random(shape))
 
 
-def test_other_images_than_fitted(fitted):
-    with pytest.raises(ValueError, match="fitted with"):
-        fitted.transform(np.zeros((3, 8, 9)))
+COLOUR = np.random.default_rng(1).integers(0, 256, (12, 10, 9, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def coloured() -> SidAEFeatures:
+    return SidAEFeatures(**SMALL | {"batch": 12}).fit(COLOUR)
+
+
+@pytest.mark.parametrize("form", [
+    lambda x: np.moveaxis(x, 3, 1), lambda x: torch.from_numpy(x).permute(0, 3, 1, 2), lambda x: torch.from_numpy(x).bfloat16(),
+    lambda x: [*torch.from_numpy(x)], lambda x: [*map(Image.fromarray, x)], lambda x: pd.Series([*x]), lambda x: x.tolist(),
+], ids=["channels first", "a tensor", "bfloat16", "tensors", "PIL", "a series", "numbers"])  # fmt: skip
+def test_the_same_pixels_in_another_form(coloured, form):
+    """Channels first or last, of any library: the same weights where one fits on it, the same features where one does not."""
+    assert np.array_equal(coloured.transform(form(COLOUR)), coloured.transform(COLOUR))
+    if torch.is_tensor(form(COLOUR)) and form(COLOUR).dtype == torch.uint8:
+        assert SidAEFeatures(**SMALL | {"batch": 12}).fit(form(COLOUR)).weights_ == coloured.weights_
+
+
+def test_a_palette_is_looked_up(coloured):
+    four = [Image.fromarray(x).quantize(4) for x in COLOUR]
+    assert np.array_equal(coloured.transform(four), coloured.transform(np.stack([x.convert("RGB") for x in four])))
+
+
+def test_grey_and_colour_may_follow_one_another(coloured, fitted):
+    grey = COLOUR[..., :1]
+    assert np.array_equal(coloured.transform(grey), coloured.transform(grey.repeat(3, 3)))
+    x = DIGITS.images[:9]
+    assert np.array_equal(fitted.transform(x[:, None]), fitted.transform(x))
+    assert np.array_equal(fitted.transform(x[..., None].repeat(3, 3)), fitted.transform(x))
+
+
+ONE = COLOUR[0]
+WRONG = {
+    "both readings": (COLOUR[:, :3, :3], r"X is \(12, 3, 3, 3\), which reads as \(N, H, W, 3\) and as \(N, 3, H, W\); give"),
+    "of one line": (COLOUR[:, :1], r"X is \(12, 1, 9, 3\), which reads as \(N, H, W, 3\) and as \(N, 1, H, W\); give"),
+    "one image": (ONE, r"X is \(10, 9, 3\), .* one image with channels as \(1, 10, 9, 3\)\."),
+    "one grey image": (ONE[..., 0], r"X is \(10, 9\), not images, .* give images, one alone as N = 1\."),
+    "rows": (COLOUR.reshape(12, -1), r"X is \(12, 270\), not images, .* fitted on images of "),
+    "ragged": ([ONE, ONE[1:]], r"X holds images of different shapes, \(9, 9, 3\) and \(10, 9, 3\) among them; bring"),
+    "grey among colour": ([ONE, ONE[..., 0]], r"X holds images of different shapes, \(10, 9\) and \(10, 9, 3\) among them"),
+    "numbers": ([[[1, 2], [3]], [[1], [2]]], "X holds images of different shapes; bring them all to one shape first"),
+    "four channels": (COLOUR[:, :, :4, [0, 1, 2, 2]], r"X must be \(N, H, W\), .*, not \(12, 10, 4, 4\)"),
+    "nothing": ([], "X is empty"), "no image": (COLOUR[:0], "0 sample"), "no pixel": (COLOUR[:, :0], "a pixel at least"),
+    "no number": (np.full(COLOUR.shape, np.nan), "X holds pixels that are NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_are_no_images_is_one_sentence(name, fitted, coloured):
+    """It speaks of images and their shapes, whether one fitted on grey ones or on colour."""
+    x, word = WRONG[name]
+    for estimator in (fitted, coloured):
+        with pytest.raises(ValueError, match=word) as e:
+            estimator.transform(x)
+        assert "feature" not in str(e.value) and "\n" not in str(e.value)
+
+
+def test_rows_and_images_are_told_apart(coloured):
+    rows = SidAEFeatures(**SMALL | {"batch": 12}).fit(U8.reshape(12, 64))
+    assert rows.n_features_in_ == 64 and not hasattr(coloured, "n_features_in_")
+    with pytest.raises(ValueError, match=r"X is \(12, 8, 8\), not rows, and SidAEFeatures was fitted on rows; give those"):
+        rows.transform(U8)
+    with pytest.raises(ValueError, match=r"X is \(12, 8, 8\), .* give grey images as \(12, 8, 8, 1\)"):  # or one of 12 channels
+        coloured.transform(U8)
 
 
 def test_without_torch_being_asked_for():

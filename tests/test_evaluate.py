@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from pytest import approx
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_step import Waits
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from sidae_lib import data, evaluate, experiments, figures, networks, published, train
+from sidae_lib import data, evaluate, experiments, figures, networks, pairs, published, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.data import Images, Split, subset
 from sidae_lib.step import batches
@@ -235,6 +237,24 @@ def test_knn_is_a_loop(k, tau):
     assert torch.allclose(scores / scores.sum(1, keepdim=True), slow_knn(x, bank, labels, k, tau), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64], ids=str)
+def test_features_of_any_type_are_taken(dtype):
+    """Float64 counts as it is; what has fewer digits counts as the same numbers in float32, also beside another type."""
+    g = torch.Generator().manual_seed(0)
+    x, bank = ((3 * torch.randn(n, 5, generator=g)).to(dtype) for n in (20, 30))
+    labels, wide = torch.arange(30) % 3, torch.float64 if dtype == torch.float64 else torch.float32
+    scores = evaluate.knn(x, bank, labels, 3, k=7, tau=0.5)
+    assert scores.dtype == wide and torch.equal(scores, evaluate.knn(x.to(wide), bank.to(wide), labels, 3, k=7, tau=0.5))
+    assert torch.allclose(scores.float() / scores.float().sum(1, keepdim=True),
+                          slow_knn(x.to(wide), bank.to(wide), labels, 7, 0.5), atol=1e-5)
+    assert evaluate.knn(x, bank.double(), labels, 3, k=7, tau=0.5).dtype == torch.float64
+    assert torch.equal(evaluate.logistic(bank, labels, x), evaluate.logistic(bank.to(wide), labels, x.to(wide)))
+    c = config(kind="tsne", perplexity=5.0)
+    assert evaluate.picture(c, x, bank) == evaluate.picture(c, x.to(wide), bank.to(wide))
+    found = [pairs.mine(b, k=30, low=-1, high=1, count=9) for b in (bank, bank.to(wide))]
+    assert all(torch.equal(own, same) for own, same in zip(*found))
+
+
 def test_knn_and_logistic_records(images, weights):
     net, train_set, test = networks.load(weights), images.split("train"), images.split("test")
     x, x_test = (embedded(net, s.images, net.mean, net.std) for s in (train_set, test))
@@ -432,6 +452,98 @@ def test_a_picture_holds_what_it_takes_to_draw_it_again(images, weights):
 def test_every_network_shows_the_same_points(images, weights):
     one, other = (measure(images, weights, kind="tsne", points=20, perplexity=5.0, seed=s)["points"] for s in (0, 1))
     assert one == other
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 30, 31])
+def test_a_map_of_few_points(n):
+    """Perplexity and the neighbours of trustworthiness are cut to fit, and the record says to what; where they fit nothing
+    changes."""
+    g = torch.Generator().manual_seed(n)
+    x, bank, k = torch.randn(n, 6, generator=g), torch.randn(4, 6, generator=g), min(5, (n - 1) // 2)
+    found = evaluate.picture(config(kind="tsne"), x, bank)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found and len(found["tsne"]["xy"]) == n
+    perplexity = 30.0 if n == 31 else round((n - 1) / 3, 4)
+    assert found.get("cut", {}) == ({"perplexity": perplexity} if n < 31 else {}) | ({"trustworthiness": k} if k < 5 else {})
+    if n > 1:
+        z = x[found["points"]].numpy()
+        xy = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(z)
+        assert found["tsne"]["xy"] == (xy / np.abs(xy).max()).round(3).tolist()
+        assert found["tsne"]["trustworthiness"] == (approx(slow_trustworthiness(z, xy, k), abs=1e-4) if k else None)
+
+
+def test_a_map_of_equal_images_is_one_place(images, weights):
+    """scikit-learn's t-SNE ends the process on them."""
+    test = images.split("test")
+    equal = replace(images, splits=images.splits | {"test": replace(test, images=test.images[:1].repeat(50, 1, 1, 1))})
+    record = measure(equal, weights, kind="tsne", k=5)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record and "cut" not in record
+    assert all(record[name] == {"xy": [[0.0, 0.0]] * 50, "trustworthiness": None} for name in ("tsne", "pca"))
+    drawn = figures.tsne(figures.points([record]))
+    assert [ax.get_xlabel().split()[-1] for ax in drawn.axes] == ["-", "-"]
+
+
+# --- the report of few images -----------------------------------------------------------------------------------------
+
+
+def test_a_report_of_few_labels_is_of_as_many_neighbours_and_components(images, weights):
+    record = measure(images, weights, kind="report", features="pca", label_count=20)
+    rows, (train_set, test) = subset(97, count=20), map(images.split, ("train", "test"))
+    x, x_test = (s.images.flatten(1).numpy() / np.float32(255) for s in (train_set, test))
+    model = make_pipeline(PCA(20, random_state=0), KNeighborsClassifier(20)).fit(x[rows], train_set.labels[rows])
+    assert record["knn"] == approx(100 * model.score(x_test, test.labels), abs=1e-4)
+    assert record["cut"] == {"components": 20, "neighbours": 20}
+    assert measure(images, weights, kind="report", label_count=20)["cut"] == {"neighbours": 20}
+    assert "cut" not in measure(images, weights, kind="report", features="pca", label_count=32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_report_on_few_test_images(n, images, weights):
+    """Of classes of one image each there is no spread to share out; a part of one image is none."""
+    test = images.split("test")
+    few = torch.tensor([int((test.labels == c).nonzero()[0]) for c in range(n)])
+    images = replace(images, splits=images.splits | {"test": Split(test.images[few], test.labels[few])})
+    record = measure(images, weights, kind="report")
+    assert json.loads(json.dumps(record, allow_nan=False)) == record and record["radial"] is None
+    with pytest.raises(SidaeError, match="test labels .* are all of one class" if n < 3 else "^$"):
+        measure(images, weights, kind="report", score_on="part")
+        raise SidaeError("")
+
+
+def test_a_report_on_nearly_equal_features():
+    """Of cosines that float32 hardly tells apart a histogram is made all the same, of every pair."""
+    y = torch.arange(40) % 3
+    z = torch.ones(40, 4)
+    z[::2, 0] += 3e-4
+    *_, out = evaluate._report(config(kind="report"), torch.eye(4)[y], y, z, y)
+    assert sum(out["cosine"]["same"]) + sum(out["cosine"]["different"]) == 40 * 39 / 2
+
+
+@pytest.mark.parametrize(("backbone", "parts"), [("resnet18", [1025]), ("small_cnn", [1024, 1])])
+def test_in_train_mode_an_image_is_left_alone_only_where_batchnorm_can_take_it(backbone, parts, images, tmp_path):
+    """The last of 1,025 images joins those before where a map has one place: there one image has no spread. Where there is
+    but one image, one sentence says so."""
+    run = RUN.replace(method="untrained", epochs=0, backbone=backbone, dim=2048, hidden=2048, pred_hidden=512,
+                      width=4 if backbone == "resnet18" else 64)  # fmt: skip
+    train.Run(run, images, CPU).save_backbone(tmp_path, 0)
+    test = images.split("test")
+    many = replace(images, splits=images.splits | {"test": Split(*(t.repeat(21, *[1] * (t.ndim - 1))[:1025] for t in (
+        test.images, test.labels)))})  # fmt: skip
+    c = EvalConfig(run=run, kind="knn", bn="train", k=5)
+    record = evaluate.evaluate(c, many, tmp_path / "backbone-e000.safetensors", device=CPU)
+    net = networks.load(tmp_path / "backbone-e000.safetensors")
+
+    def embed(x, parts):
+        mean, std = (torch.tensor(s)[:, None, None] for s in (net.mean, net.std))
+        with torch.no_grad():
+            return torch.cat([copy.deepcopy(net).train()((part / 255 - mean) / std) for part in x.split(parts)])
+
+    z, bank = embed(many.split("test").images, parts), embed(images.split("train").images, [97])
+    predicted = evaluate.knn(z, bank, images.split("train").labels, 3, k=5, tau=0.1).argmax(1)
+    assert record["confusion"] == counted(predicted, many.split("test").labels)
+    alone = replace(images, splits=images.splits | {"test": Split(test.images[:1], test.labels[:1])})
+    with pytest.raises(SidaeError, match="^bn train needs more than 1 image of Colours" if backbone == "resnet18" else "^$"):
+        evaluate.evaluate(c, alone, tmp_path / "backbone-e000.safetensors", device=CPU)
+        raise SidaeError("")
 
 
 # --- records and errors ---------------------------------------------------------------------------------------------
@@ -690,17 +802,17 @@ def test_logistic_regression_is_scikit_learns():
     digits, photos = data.load("digits"), data.load("photos")
     net = networks.backbone(experiments.run("untrained", "photos", "quick")).eval()
     for images, features in ((digits, "pixels"), (digits, "components"), (photos, "pixels"), (photos, "network")):
-        train_set, test = images.split("train"), images.split("test")
-        x, x_test = (s.images[:, :, ::4, ::4].flatten(1).float() for s in (train_set, test))
+        y, both = images.split("train").labels[::4], (images.split("train").images[::4], images.split("test").images)
+        x, x_test = (pixels[:, :, ::4, ::4].flatten(1).float() for pixels in both)
         if features == "components":
             pca = PCA(20, random_state=0).fit(x.numpy())
             x, x_test = (torch.from_numpy(pca.transform(v.numpy())) for v in (x, x_test))
         if features == "network":
-            x, x_test = (networks.features(net, s.images, stats=(images.mean, images.std), device=torch.device("cpu"))
-                         for s in (train_set, test))
+            x, x_test = (networks.features(net, pixels, stats=(images.mean, images.std), device=torch.device("cpu"))
+                         for pixels in both)  # fmt: skip
         for C in (0.01, 1.0) if features == "pixels" else (1.0,):
             model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-6, max_iter=10_000))
-            model.fit(x.double().numpy(), train_set.labels.numpy())
+            model.fit(x.double().numpy(), y.numpy())
             theirs = torch.from_numpy(model.predict(x_test.double().numpy()))
-            ours = evaluate.logistic(x, train_set.labels, x_test, C)
+            ours = evaluate.logistic(x, y, x_test, C)
             assert (ours == theirs).double().mean() >= 0.999, (images.name, features, C)

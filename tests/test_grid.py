@@ -14,8 +14,10 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sidae_lib import __version__, data, experiments, paths, runs, train
 from sidae_lib.config import EvalConfig, SidaeError
@@ -104,12 +106,13 @@ def test_a_grid_on_this_machine(two, monkeypatch, tmp_path):
 
 def test_whatever_fails_on_a_worker_is_named_with_its_traceback(two):
     """What the same run has finished comes back, and another run is computed."""
-    bad, good = EvalConfig(run=run(11), kind="tsne", points=5), [run(11), knn(run(11)), run(12)]
+    bad, good = EvalConfig(run=run(11), kind="knn", label_count=1), [run(11), knn(run(11)), run(12)]
     beyond = run(13, hidden=2**40)
     with pytest.raises(SidaeError, match="2 of 3 runs failed") as e:
         runs.fetch_all([beyond, bad, *good], client=two[0], device="cpu", log=lambda _: None)
-    assert f"simsiam {beyond.key()}: training: RuntimeError" in str(e.value) and f"tsne {bad.key()}: ValueError" in str(e.value)
-    assert sorted(note.splitlines()[-1].split(":")[0] for note in e.value.__notes__) == ["RuntimeError", "ValueError"]
+    assert f"simsiam {beyond.key()}: training: RuntimeError" in str(e.value)
+    assert f"knn {bad.key()}: The 1 labels" in str(e.value)
+    assert [note.splitlines()[-1].split(":")[0] for note in e.value.__notes__] == ["RuntimeError"]  # of what is not ours
     assert runs.missing([beyond, bad, *good]) == [beyond, bad]
 
 
@@ -147,13 +150,36 @@ def test_a_worker_keeps_the_memory_of_its_tensors(two):
             assert client.submit(faults, size).result() < 20 * size / 1024 / 4
 
 
+def test_a_relative_place_is_the_callers_on_every_worker(two, monkeypatch, tmp_path):
+    """In the workers' own folder there is none of this name."""
+    for n in range(16):
+        (place := tmp_path / "pics" / "train" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 9 * n, np.uint8)).save(place / f"{n}.png")
+    monkeypatch.chdir(tmp_path)
+    config = experiments.run("simsiam", "folder:pics", "smoke", epochs=1, batch=8)
+    [record] = runs.fetch_all([config], client=two[0], device="cpu", log=lambda _: None)
+    assert record["data"]["name"] == f"folder:{tmp_path}/pics"
+
+
+def test_a_worker_that_lacks_the_images(two, monkeypatch, tmp_path):
+    """The set and the worker are named, and another run is computed."""
+    monkeypatch.setenv("SIDAE_DATA", str(tmp_path))  # the workers have another
+    images = np.arange(16 * 8 * 8, dtype=np.uint8).reshape(16, 8, 8)
+    np.savez(tmp_path / "mine.npz", train_images=images, train_labels=np.arange(16) % 2)
+    config = experiments.run("simsiam", "mine", "smoke", epochs=1, batch=8)
+    with pytest.raises(SidaeError) as e:
+        runs.fetch_all([config, run(17)], client=two[0], device="cpu", log=lambda _: None)
+    assert re.fullmatch(f"1 of 2 runs failed, the rest are kept. simsiam {config.key()}: There is no data set 'mine': .* "
+                        r"\(on the worker tcp://127.0.0.1:\d+\)\.", str(e.value)) and runs.find(run(17))
+
+
 def test_time_is_up_on_a_grid(two):
     with pytest.raises(train.Stopped, match="Time is up.*2 of 2 records are left"):
         runs.fetch_all([run(8), run(9)], client=two[0], device="cpu", minutes=0, log=lambda _: None)
 
 
 def test_no_scheduler_is_one_sentence(store):
-    with (dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+    with (dask.config.set({"distributed.comm.timeouts.connect": "50ms"}),
           pytest.raises(SidaeError, match="No scheduler answers at tcp://127.0.0.1:9; start one")):
         runs.fetch_all([run(0)], client="tcp://127.0.0.1:9", log=lambda _: None)
     with pytest.raises(SidaeError, match="at least one job"), grid.local(0):

@@ -345,6 +345,7 @@ def test_part_fits_on_four_fifths_of_the_test_split_as_they_are():
     assert torch.equal(torch.cat([truth, fitted]).bincount(), y_test.bincount())  # a partition
     again, other = (measure(score_on="part", seed=s)[0][1] for s in (3, 4))
     assert torch.equal(again, truth) and not torch.equal(other, truth)
+    assert len(measure(score_on="part", seed=2**32 - 1)[0][1]) == 60  # whose next, of top-3's own split, is 0
     small = EvalConfig(run=config(), kind="report", score_on="part", seed=3)
     shrunk = evaluate._report(small, test[:0], y_test[:0], test / 1000, y_test)  # not standardised: the penalty bites
     assert (shrunk[0] == truth).float().mean() < (predicted == truth).float().mean() and shrunk[3]["knn"] == out["knn"]

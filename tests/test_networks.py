@@ -118,6 +118,13 @@ def test_decoder_that_cannot_reach_the_size(size, width):
         Decoder(64, size=size, width=width)
 
 
+def test_small_cnn_needs_two_pixels():
+    config = RunConfig(method="supervised", data="", backbone="small_cnn", size=1)
+    with pytest.raises(SidaeError, match="^small_cnn fits images of 2 pixels or more, not 1; "):
+        networks.backbone(config)
+    assert networks.backbone(config.replace(size=2))(torch.zeros(2, 3, 2, 2)).shape == (2, 8)
+
+
 def test_projector_and_predictor():
     F, H, D, K = 512, 2048, 1024, 256
     with torch.device("meta"):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from nbval.plugin import find_comment_markers
 
-from sidae_lib import experiments, figures, losses
+from sidae_lib import experiments, figures, losses, runs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -133,20 +134,30 @@ def test_validation_fails_on_a_changed_default_alone(tmp_path, notebooks, edit):
 
 
 @pytest.mark.slow
-def test_more_seeds_reach_the_figure(store):
-    """Through papermill, as a batch run does it; the second call reads what the first has recorded."""
+def test_two_kernels_train_each_run_once_and_more_seeds_reach_the_figure(store):
+    """Through papermill, as a batch run does it: two readers at once, then one who reads what they have recorded."""
     notebook = ROOT / "notebooks" / "01_accuracy_vs_epochs.ipynb"
-    tables, said = [], []
-    for seeds in ([0], [0, 1]):
-        out = papermill.execute_notebook(notebook, store / "out.ipynb", {"datasets": ["digits"], "seeds": seeds},
-                                         kernel_name="python3", cwd=store, progress_bar=False)
-        tables.append(pd.read_csv(store / "figures" / "smoke" / "accuracy_vs_epochs.csv"))
-        said += re.findall(r"\d+ records .* read", "".join(printed(c) for c in out.cells if "outputs" in c))
-    one, two = tables
+
+    def execute(name: str, seeds: list[int]) -> str:
+        parameters = {"datasets": ["digits"], "seeds": seeds, "device": "cpu"}
+        out = papermill.execute_notebook(notebook, store / f"{name}.ipynb", parameters, kernel_name="python3", cwd=store,
+                                         progress_bar=False)  # fmt: skip
+        return "".join(printed(c) for c in out.cells if "outputs" in c)
+
+    def table() -> pd.DataFrame:
+        return pd.read_csv(store / "figures" / "smoke" / "accuracy_vs_epochs.csv")
+
+    with ThreadPoolExecutor() as pool:
+        both = "\n".join(pool.map(execute, ("one", "other"), ([0], [0])))
+    trained = re.findall(r"trained \w+ (\w{16}) in", both)
+    assert sorted(trained) == sorted(r["key"] for r in runs.every("record"))
+    assert both.count("records are computed now") == 2
+    one = table()
+    assert "54 records are computed now, 54 are read" in execute("more", [0, 1])
+    two = table()
     assert set(one["n"]) == {1} and one["se"].isna().all()
     assert set(two["n"]) == {2} and two["se"].notna().all() and len(two) == len(one)
     assert not one["mean"].equals(two["mean"])
-    assert said == ["54 records are computed now, 0 are read", "54 records are computed now, 54 are read"]
 
 
 @each

@@ -1,17 +1,21 @@
 """Images of the reader's own: sets from every corner reach a verdict, and what they hide is said."""
 
+import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pytest import approx
 from scipy import stats
 
-from sidae_lib import augment, data, experiments, own, runs
-from sidae_lib.config import SidaeError
+from sidae_lib import augment, data, experiments, figures, methods, networks, own, runs
+from sidae_lib.config import EvalConfig, SidaeError
+from sidae_lib.data import Split
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +146,7 @@ EXPECTED = {  # set -> its training and test images, augmentation, a word of wha
     many_images: (4500, 1500, "simsiam_cifar", "14000 images of the unlabeled split"),
     large_photos: (48, 12, "simsiam_cifar", "There is no test split"),
     unbalanced: (600, 200, "simsiam_grey", "The classes are unbalanced"),
-    broken: (70, 17, "simsiam_cifar", "3 files could not be read"),
+    broken: (70, 17, "simsiam_cifar", "3 files, damaged or unreadable"),
     random_labels: (450, 150, "simsiam_cifar", "cannot be told from chance"),
     colour_is_the_class: (300, 100, "simsiam_cifar_without_colour", "Warning: colour hides the class"),
     brightness_is_the_class: (300, 100, "simsiam_grey_without_colour", "Warning: colour hides the class"),
@@ -156,7 +160,7 @@ TRAINED = (tiny, many_classes, broken, random_labels, unlabeled, all_alike, sing
 
 
 @pytest.mark.parametrize("make", [
-    m if m is tiny else pytest.param(m, marks=pytest.mark.slow) for m in EXPECTED
+    pytest.param(m, marks=pytest.mark.slow) for m in EXPECTED
 ], ids=lambda m: m.__name__)  # fmt: skip
 def test_a_set_reaches_its_verdict(make, place):
     """The way of the notebook, from a folder or npz to what is said of the set and, for some, through training to the words."""
@@ -177,6 +181,32 @@ def test_a_set_reaches_its_verdict(make, place):
     if make in (random_labels, all_alike):
         assert words[0].startswith("No help of pre-training is shown") and "none that could be shown" in words[2]
     assert {r["n_test"] for r in records} == {n_test} and n_train in {r["n_train"] for r in records}
+
+
+def test_eight_images_and_more_labels_than_there_are(place):
+    """Two classes of four images, and the notebook's own number of labels, come to a verdict and to maps of two points."""
+    rng, y = np.random.default_rng(0), np.arange(8) % 2
+    name, _ = own.prepare(folder(place, patterns(rng, y, 20, 3), y))
+    images, network = data.load(name), experiments.run("sidae", name, "smoke", epochs=1, pool=0)
+    plan = own.plan(images, network, 2, labels=144, seeds=(0, 1))
+    assert (plan.labels, plan.counts, plan.fields["batch"]) == (6, (6,), 4)
+    assert "6 labels instead of 144: there are no more training images with labels." in plan.reasons
+    assert own.hidden(images, 144).equals(own.hidden(images)) and own.hidden(images)["images"].tolist() == [6, 6]
+    configs, evals = experiments.your_own_images("smoke", [name], (0, 1), plan)
+    maps = EvalConfig(run=configs[0], kind="tsne", perplexity=0.5)
+    *records, near = runs.fetch_all([*evals, maps], log=lambda _: None)
+    assert "6 labels (2 seeds, 2 test images)" in own.verdict(records, plan.labels)[0]
+    assert len(near["tsne"]["xy"]) == len(figures.points([near])) / 2 == 2
+
+
+@pytest.mark.parametrize(("n", "batch"), [(2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (63, 8), (64, 16), (255, 32), (256, 64),
+                                          (1437, 64)])  # fmt: skip
+def test_a_batch_fits_the_images(n, batch):
+    """At most a quarter of the images, but eight where there are so many, and else the most of 2, 4 that there are."""
+    digits = data.load("digits", size=8)
+    split = Split(digits.split("train").images[:n], torch.arange(n) % 2)
+    plan = own.plan(replace(digits, splits={"train": split}), experiments.run("sidae", "digits", "smoke", epochs=1, pool=0), 8)
+    assert plan.fields["batch"] == batch and plan.fields["pool"] <= n
 
 
 # --- the verdict's arithmetic ---------------------------------------------------------------------------------------
@@ -255,6 +285,53 @@ def test_one_seed_has_no_verdict():
         own.verdict([r for r in records_of(**CURVES) if not r["config"]["run"].get("seed")], 100)
 
 
+# --- the model card -------------------------------------------------------------------------------------------------
+
+
+def test_a_card_stands_beside_the_backbone_and_its_lines_load_it(place, monkeypatch):
+    """Real runs of two seeds: the interval written out here, no path of the reader's, and the lines that it shows, executed."""
+    y = np.arange(160) % 4
+    images = data.load(name := own.prepare(folder(place, patterns(np.random.default_rng(0), y, 12, 3), y))[0])
+    both = [experiments.run("simsiam", name, "smoke", seed, epochs=1, batch=64) for seed in (0, 1)]
+    evals = [EvalConfig(run=r, kind="logistic", label_count=n, label_seed=r.seed) for r in both for n in (40, 80)]
+    records = runs.fetch_all([*both, *evals], device="cpu", log=lambda _: None)
+    records[2]["accuracy"], records[4]["accuracy"] = a = np.array([70.0, 71.5])  # a set as easy as this leaves no interval
+    path = own.card(both[0], images, records, 40)
+    text, weights = path.read_text(), runs.backbone(both[0])
+    assert path == weights.with_suffix(".md") and {f.name for f in path.parent.iterdir()} >= {path.name, weights.name}
+    half = math.hypot(stats.t.isf(0.025, 1) * a.std(ddof=1) / 2**0.5, 100 * stats.norm.isf(0.025) * math.sqrt(
+        0.7075 * 0.2925 / 32))  # fmt: skip
+    assert f"70.8 % (95 % interval {70.75 - half:.1f} to {70.75 + half:.1f}, n = 2), 32 test images; of this seed 70.0" in text
+    for word in ("# SimSiam on set (own copy)", "SimSiam (arXiv:2011.10566), seed 0", f"fingerprint {images.fingerprint}",
+                 "128 images of the train split, 2 steps of 64, epochs: 1, simsiam", "40 labels", "Licence of the code: MIT",
+                 f"less mean {list(images.mean)}, over std {list(images.std)}", records[0]["provenance"]["device"]):
+        assert word in text, word
+    assert str(place) not in text
+    monkeypatch.chdir(path.parent)
+    exec(text.split("```python\n")[1].split("```")[0], shown := {})
+    net, x = networks.load(weights), shown["pixels"]
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (images.mean, images.std))
+    with torch.no_grad():
+        assert torch.allclose(shown["features"], net((x / 255 - mean) / std), atol=1e-5) and x.dtype == torch.uint8
+    one = own.card(both[1], images, records[:1] + records[4:], 40).read_text()
+    assert "71.5 % (no interval from one seed, n = 1)" in one
+    other = records[4] | {"key": "another"}
+    for given, labels in ((records, 41), (records[4:], 40), ([*records, other], 40)):
+        with pytest.raises(SidaeError, match=f"needs its images, its record and, with {labels} labels, one evaluation by"):
+            own.card(both[0], images, given, labels)
+    weights.unlink()
+    with pytest.raises(SidaeError, match="There is no file"):
+        own.card(both[0], images, records, 40)
+
+
+def test_every_method_of_a_paper_names_it():
+    """What a card says: the first number in the class's words, or else in its file's."""
+    ours = {"sidae", "dae", "supervised"}
+    named = {m: own.paper(m) for m in methods.METHODS}
+    assert {m for m, paper in named.items() if not paper} == {"untrained", "pairwise", "triplet"}
+    assert {m for m, paper in named.items() if paper == "arXiv:2304.02549"} == ours and named["moco_v2"] == "arXiv:2003.04297"
+
+
 # --- its parts ------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +383,10 @@ def test_a_time_budget_sets_the_length():
     short, long = (own.plan(images, network, 8, minutes=m, seeds=(0, 1, 2)) for m in (0.2, 20))
     assert short.steps < long.steps and short.fields["epochs"] <= long.fields["epochs"]
     assert any("one takes" in r and "0.2 minutes" in r for r in short.reasons)
+    assert own.plan(images, network, 8, minutes=math.inf, seeds=[]).steps == max(200 * (1437 // 64), 2500)
+    for minutes in (-1, math.nan):
+        with pytest.raises(SidaeError, match="^budget is minutes, or 0 for the scale's length, not"):
+            own.plan(images, network, 8, minutes=minutes)
 
 
 def test_a_split_is_made_once_and_is_the_same(place):
@@ -318,19 +399,29 @@ def test_a_split_is_made_once_and_is_the_same(place):
 
 @pytest.mark.parametrize(("make", "word"), [
     (lambda p: str(p / "nowhere"), "There is no data set"),
-    (lambda p: folder(p, np.zeros((4, 8, 8, 3), np.uint8), [0] * 4), "fewer than two classes"),
+    (lambda p: folder(p, np.zeros((4, 8, 8, 3), np.uint8), [0] * 4), "has only one class folder"),
     (lambda p: (p / "set.npz").write_bytes(b"PK") and f"npz:{p / 'set.npz'}", "could not be read"),
-    (lambda p: npz(p, np.zeros((8, 8, 8)), np.arange(8) % 2), "uint8"),
+    (lambda p: npz(p, np.arange(8.0)[:, None, None] * np.ones((8, 8)), np.arange(8) % 2), "no known scale"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_a_sentence(make, word, place):
     with pytest.raises(SidaeError, match=word):
         data.load(own.prepare(make(place))[0])
 
 
-def test_more_labels_than_images(place):
-    images = data.load("digits")
-    with pytest.raises(SidaeError, match="Cannot draw 2000 of 1437"):
-        own.plan(images, experiments.run("sidae", "digits", "smoke", epochs=1), 8, labels=2000)
+def test_more_labels_than_images_are_all_of_them():
+    images, network = data.load("digits", size=8), experiments.run("sidae", "digits", "smoke", epochs=1)
+    cut, every = (own.plan(images, network, 8, labels=n) for n in (2000, 0))
+    assert cut.labels == every.labels == 1437 and cut.counts == every.counts and cut.fields == every.fields
+    said = [r for r in cut.reasons if r not in every.reasons]
+    assert said == ["1437 labels instead of 2000: there are no more training images with labels."]
+    for labels in (-1, 2.5):
+        with pytest.raises(SidaeError, match="^Cannot draw -1 of 1437|^labels must be int"):
+            own.plan(images, network, 8, labels=labels)
+
+
+def test_a_verdict_on_a_number_of_labels_without_records():
+    with pytest.raises(SidaeError, match="^No record has 999 labels; give one of 10, 100, 1000"):
+        own.verdict(records_of(**CURVES), 999)
 
 
 def test_labels_of_one_class(place):
@@ -344,3 +435,107 @@ def test_needed_labels_between_the_points():
     curve = pd.Series({10: 20.0, 100: 40.0, 1000: 30.0})  # a fall counts as standing still
     assert own._needed(curve, 30) == f"{10 ** 1.5:.0f}" and own._needed(curve, 10) == "10"
     assert own._needed(curve, 41) == "more than 1000"
+
+
+# --- what is seen before training -----------------------------------------------------------------------------------
+
+
+def photographs(rng, n):
+    """Rich scenes in colour, (n, 32, 32, 3): noise at every scale."""
+    x = sum(F.interpolate(torch.from_numpy(rng.normal(0, 20, (n, 3, 32 >> k, 32 >> k))), size=32, mode="bilinear")
+            for k in range(5))  # fmt: skip
+    return pixels((128 + x).permute(0, 2, 3, 1).numpy())
+
+
+def saved_again(x):
+    """As another program would have it: a JPEG, and brighter."""
+    out = []
+    for image in np.minimum(x.astype(int) + 12, 255).astype(np.uint8):
+        Image.fromarray(image).save(content := io.BytesIO(), "JPEG", quality=75)
+        out.append(np.asarray(Image.open(content)))
+    return np.stack(out)
+
+
+def filmed(rng, x):
+    """The next frame: a pixel down, a pixel to the left, other noise of the sensor."""
+    return pixels(np.roll(x, (1, -1), (1, 2)) + noise(rng, *x.shape) / 10)
+
+
+def test_near_copies_are_told_and_exact_ones_apart(place):
+    rng = np.random.default_rng(0)
+    x, y = photographs(rng, 300), np.arange(300) % 3
+    x[:30], x[30:60], x[60:70] = saved_again(x[100:130]), filmed(rng, x[130:160]), x[200:210]
+    table, warnings = own.look(data.load(npz(place, x, y, test=1 / 3)))
+    assert (table.copies["test"], table.near["test"], table.near["train"]) == (10, 60, "-")
+    assert warnings[0] == "10 of 100 test images are also training images: accuracies are too high."
+    assert warnings[1].startswith("60 of 100 test images are nearly the same as a training image") and len(warnings) == 3
+
+
+def test_images_of_their_own_are_no_near_copies(place):
+    """Strangers, and a few copies too little to matter, give no warning; digits are too plain to be judged."""
+    x, y = photographs(np.random.default_rng(0), 1600), np.arange(1600) % 3
+    x[:4] = saved_again(x[800:804])
+    table, warnings = own.look(data.load(npz(place, x, y, test=0.25)))
+    assert table.near["test"] == 4 and not warnings
+    assert own.look(data.load("digits"))[0].near["test"] == "-"
+
+
+def test_of_many_pairs_some_are_compared(place, monkeypatch):
+    monkeypatch.setattr(own, "PAIRS", 75 * 20)
+    images = data.load(npz(place, photographs(np.random.default_rng(0), 100), np.arange(100) % 2))
+    assert "Near copies were looked for among 20 of the 25 test images." in own.look(images)[1]
+
+
+def test_what_was_left_out_has_a_column_a_reason():
+    images = replace(data.load("digits"), left=(("train", "damaged", 3), ("test", "damaged", 1), ("", "not an image", 2)))
+    table, _ = own.look(images)
+    assert table.damaged.to_dict() == {"train": 3, "test": 1, "-": 0}
+    assert table["not an image"].to_dict() == {"train": 0, "test": 0, "-": 2} and table.images["-"] == "-"
+
+
+@pytest.mark.parametrize(("splits", "why"), [
+    (lambda s: {"unlabeled": data.Split(s["train"].images)}, "no train split with labels"),
+    (lambda s: {"train": s["train"]}, "no test split with labels"),
+    (lambda s: s | {"test": data.Split(s["test"].images)}, "no test split with labels"),
+    (lambda s: s | {"train": data.Split(s["train"].images, torch.zeros_like(s["train"].labels))}, "of one class"),
+])  # fmt: skip
+def test_without_a_verdict_there_is_a_table(splits, why):
+    images = data.load("digits")
+    images = replace(images, splits=splits(images.splits))
+    with pytest.raises(SidaeError, match=f"{why}, so no verdict"):
+        own.look(images)
+    table, warnings = own.look(images, verdict=False)
+    assert [*table.index] == [*images.splits] and why in warnings[0]
+
+
+def test_check_says_what_the_notebook_says(cli, place):
+    name = folder(place, patterns(rng := np.random.default_rng(0), y := np.arange(60) % 3, 24, 3), y)
+    before = {f: f.stat().st_mtime_ns for f in place.joinpath("set").rglob("*")}
+    said = cli("check", name, "--sheet", str(place / "sheet.png"))
+    images = data.load(own.prepare(name)[0])
+    table, warnings = own.look(images)
+    assert (said.returncode, said.stderr) == (0, "") and table.to_string() in said.stdout
+    assert all(w in said.stdout for w in warnings) and "became one" in said.stdout
+    with Image.open(place / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+    assert before == {f: f.stat().st_mtime_ns for f in place.joinpath("set").rglob("*")}
+    del rng
+
+
+@pytest.mark.parametrize(("args", "word"), [
+    (lambda p: (str(p / "nowhere"),), "There is no data set"),
+    (lambda p: ("digits", "--size", "0"), "size"),
+    (lambda p: ("digits", "--sheet", str(p / "no folder" / "sheet.png")), "could not be written"),
+    (lambda p: ("digits", "--sheet", str(p)), "could not be written"),
+    (lambda p: (str((p / "a.npz").write_bytes(b"PK") and p / "a.npz"),), "could not be read"),
+    (lambda p: (npz(p, np.zeros((8, 9, 9), np.uint8), np.zeros(8, int)),), "cannot be trained on"),
+])  # fmt: skip
+def test_check_refuses_in_a_sentence(cli, args, word, place):
+    said = cli("check", *args(place))
+    assert said.returncode == 2 and word in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_check_of_unlabeled_images_alone(cli, place):
+    np.savez(place / "set.npz", unlabeled_images=photographs(np.random.default_rng(0), 20))
+    said = cli("check", f"npz:{place / 'set.npz'}", "--sheet", str(place / "sheet.png"))
+    assert said.returncode == 0 and "only pre-training is possible" in said.stdout and (place / "sheet.png").exists()

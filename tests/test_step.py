@@ -155,7 +155,7 @@ def test_the_counted_step_is_the_plain_step(name, changes):
     plain, counted = (ended(run, run.steps) for run in (of(name, mode, **changes) for mode in ("eager", "eager graph")))
     assert plain.keys() == counted.keys()
     for k, v in plain.items():
-        torch.testing.assert_close(counted[k], v, rtol=1e-4, atol=1e-5, msg=lambda text, k=k: f"{k}: {text}")
+        torch.testing.assert_close(counted[k], v, rtol=1e-4, atol=3e-5, msg=lambda text, k=k: f"{k}: {text}")
 
 
 def test_an_epoch_that_is_met_again_has_its_own_rates():

@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
+from test_three_steps import run_of
 
-from sidae_lib import experiments, paths, runs, threads
+from sidae_lib import data, experiments, paths, runs, threads, train
 from sidae_lib.config import SidaeError
 from sidae_lib.threads import Look
 
@@ -116,6 +117,22 @@ def test_a_number_that_is_asked_for_stays(two_threads, monkeypatch):
         assert torch.get_num_threads() == 3
         raise ZeroDivisionError
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("method", ["sidae", "simclr", "byol", "dino"])
+def test_one_thread_and_two_make_the_same_record(method, two_threads, tmp_path):
+    """They add in another order, so the last digits differ, and these alone: every number of four steps to a thousandth,
+    most to 1e-5. NNCLR and FNC, which choose neighbours, may choose others."""
+    config, numbers = run_of(method).config, []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        images = data.by_fingerprint(config.data)
+        record = train.pretrain(config, images, tmp_path / str(n), device=torch.device("cpu"))
+        assert record["provenance"]["threads"] == n
+        numbers.append([{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
+                        for line in (record["untrained"], *record["epochs"])])  # fmt: skip
+    for one, two in zip(*numbers, strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])

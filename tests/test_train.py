@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_three_steps import CASES, run_of
 
 from sidae_lib import augment, data, experiments, methods, train
 from sidae_lib.config import SidaeError, epoch_seed
@@ -124,14 +125,9 @@ def test_gauges_leave_no_trace(config, tmp_path, monkeypatch):
     assert all(torch.equal(v, other[k]) for k, v in one.items()) and any("running_mean" in k for k in one)
 
 
-@pytest.mark.parametrize(("method", "at"), [
-    *((m, at) for m in ("sidae", "simsiam", "dae", "supervised") for at in (1, 4, 7)),
-    *((m, 3) for m in ("moco_v2", "nnclr", "byol", "dino")),  # what they keep between steps comes back too
-    *(pytest.param(m, 3, marks=pytest.mark.slow) for m in ("simclr", "fnc", "vicreg", "barlow_twins"))])
-def test_a_stopped_run_equals_one_that_was_not(method, at, tmp_path, monkeypatch):
-    """Stopped in the middle of an epoch, at its end and before the last step: tensors and record bit for bit."""
-    config = experiments.run(method, "digits", "smoke", **({"label_count": 250, "batch": 64, "epochs": 2}
-                                                           if method == "supervised" else {}))  # fmt: skip
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_stopped_run_equals_one_that_was_not(at, config, tmp_path, monkeypatch):
+    """By a signal in the middle of an epoch, at its end and before the last step: tensors and record bit for bit."""
     whole = pretrain(config, tmp_path / "whole", checkpoints=[1])
     steps = iter(range(1, 100))
     step = torch.optim.SGD.step
@@ -143,6 +139,22 @@ def test_a_stopped_run_equals_one_that_was_not(method, at, tmp_path, monkeypatch
     for epoch in (1, 2):
         a, b = weights(tmp_path / "whole", epoch), weights(tmp_path / "parts", epoch)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.filterwarnings("ignore:.*collapsed at epoch")
+@pytest.mark.parametrize("method", ["sidae", "simsiam", "dae", "supervised", "simclr", "moco_v2", "nnclr", "fnc", "byol",
+                                    "vicreg", "barlow_twins", "dino"])  # fmt: skip
+def test_a_run_that_stops_after_every_step(method, tmp_path):
+    """What a method keeps between steps comes back each time (queue, centre, momentum network): all bit for bit."""
+    images = {"label_count": 24} if method == "supervised" else {"pool": 24}  # 2 epochs of 3 steps
+    config = run_of(method, **CASES[method][1], **images, **({"queue": 8} if method in ("moco_v2", "nnclr") else {})).config
+    whole = pretrain(config, tmp_path / "whole", checkpoints=[1])
+    for step in range(1, 6):
+        with pytest.raises(train.Stopped, match=f"step {step} of 6"):
+            pretrain(config, tmp_path / "parts", checkpoints=[1], deadline=0)
+    parts = pretrain(config, tmp_path / "parts", checkpoints=[1], deadline=0)
+    assert bare(parts) == bare(whole)  # the files' sha256 among the rest
+    assert [s["steps"] for s in parts["provenance"]["segments"]] == [[n, n + 1] for n in range(6)]
 
 
 @pytest.mark.parametrize("target", ["standardised", "unit"])
@@ -232,6 +244,16 @@ def test_a_signal_between_saving_and_stopping_waits_for_the_next_step(config, tm
 def test_not_finite_stops_with_its_place(config, tmp_path):
     with pytest.raises(SidaeError, match=r"not finite at epoch 1, step \d of sidae .*no checkpoint yet"):
         pretrain(config.replace(lr=1e30), tmp_path)
+
+
+def test_features_that_are_not_finite_are_a_sentence(config):
+    """Weights may be finite and what they make of an image not: a batch of two images did that to SimCLR."""
+    run = train.Run(config, data.by_fingerprint(config.data), torch.device("cpu"))
+    with torch.no_grad():
+        for p in run.method.backbone.parameters():
+            p.fill_(1e30)
+    with pytest.raises(SidaeError, match=rf"^The features of sidae {config.key()} are not finite at step 0\."):
+        run.monitor()
 
 
 def test_collapse_is_warned_of_once_and_recorded(tmp_path, monkeypatch):
