@@ -91,6 +91,19 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data folder, no published records, and a process that has seen no image set yet."""
+    from sidae_lib import data
+
+    for name in ("data", "records"):
+        monkeypatch.setenv(f"SIDAE_{name.upper()}", str(tmp_path / name))
+    monkeypatch.setattr(data, "_names", {})
+    data._load.cache_clear()
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
 @pytest.fixture(scope="session")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of this session share."""

@@ -9,7 +9,7 @@ import os.path
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -45,6 +45,16 @@ class Told:
         self.left: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         self.see_through: set[str] = set()
         self.at_size = False
+
+    def validation(self, splits: Collection[str]) -> bool:
+        """Whether the validation split of these stands for the test split, for want of one; said where there is a validation
+        split."""
+        stands = "val" in splits and "test" not in splits
+        if stands:
+            self.notes.append("There is no test split, so the validation split stands for it.")
+        elif "val" in splits:
+            self.notes.append("The validation split stays out of training, since there is a test split.")
+        return stands
 
     def take(self, other: "Told") -> None:
         self.notes += other.notes
@@ -120,10 +130,14 @@ def some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
+def _words(name: str) -> list[str]:
+    return re.split(r"[\W\d_]+", name.casefold())
+
+
 @lru_cache(maxsize=10_000)  # a folder's name comes with each of its files
 def role_of(name: str) -> str | None:
     """Of a name such as Training, test1 or train_images."""
-    return ROLES.get("".join(w for w in re.split(r"[\W\d_]+", name.casefold()) if w not in FILLING))
+    return ROLES.get("".join(w for w in _words(name) if w not in FILLING))
 
 
 def role_among(words: str) -> str | None:
@@ -142,10 +156,12 @@ def sorted_out(pictures: list[Picture], folders: set[tuple[str, ...]], tables: l
     two classes, or could be read in two ways, a table of labels does. Raises SidaeError where neither is clear."""
     tables = [t for t in tables if "submission" not in t.stem]  # a form for predictions, filled with anything
     names = {(*p.file.parts[:-1], p.file.stem) for p in pictures}
-    masks = [p for p in pictures if (base := re.sub(r"[_-](mask|seg|segmentation)([_-]?\d+)?$", "", p.file.stem)) != p.file.stem
-             and (*p.file.parts[:-1], base) in names]  # fmt: skip
+    masks, images = [], []
+    for p in pictures:
+        base = re.sub(r"[_-](mask|seg|segmentation)([_-]?\d+)?$", "", p.file.stem)
+        (masks if base != p.file.stem and (*p.file.parts[:-1], base) in names else images).append(p)
     told.left["", "a mask beside its image"] += [p.file.name for p in masks]
-    pictures = [p for p in pictures if p not in masks] if masks else pictures
+    pictures = images
     mine, rows, unclear, by_name = Told(), [], None, _by_name(pictures if tables else [])
     try:
         rows = _by_folders(pictures, folders, path, mine)
@@ -245,7 +261,7 @@ def _by_folders(pictures: list[Picture], folders: set[tuple[str, ...]], path: Pa
 
 def _roles(tops: Sequence[str]) -> dict[str, str | None]:
     """Of each folder the split; also of cars_train and cars_test, which share all other words."""
-    words = {top: re.split(r"[\W\d_]+", top.casefold()) for top in tops}
+    words = {top: _words(top) for top in tops}
     loosely = {top: next(filter(None, map(ROLES.get, words[top])), None) for top in tops}
     others = {tuple(w for w in words[top] if w not in ROLES) for top, role in loosely.items() if role}
     exactly = {top: role_of(top) for top in tops}
@@ -254,7 +270,7 @@ def _roles(tops: Sequence[str]) -> dict[str, str | None]:
 
 def _no_masks(where: Path, names: Sequence[str]) -> None:
     """Raises SidaeError for folders such as images and masks, or train and train_masks."""
-    plain = {"".join(w for w in re.split(r"[\W\d_]+", n.casefold()) if w not in ROLES): n for n in names}
+    plain = {"".join(w for w in _words(n) if w not in ROLES): n for n in names}
     if (masks := MASKS & plain.keys()) and any(n in PICTURES or not n for n in plain):
         raise SidaeError(f"{where} holds {plain[min(masks)]} beside images, which is no class; give the images alone, sorted "
                          f"into class folders, or {ADVICE}.")  # fmt: skip

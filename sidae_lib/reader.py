@@ -466,14 +466,10 @@ def _raws(rows: list[Row], path: Path, size: int, antialias: bool, told: Told, n
           ) -> list[Raw]:  # fmt: skip
     """The splits of pictures whose split and class are known. names: of the classes in order, if that is known; numbers:
     classes that are whole numbers stand in their order."""
-    held = {s for s, _, _ in rows}
-    if "val" in held and "test" not in held:
-        told.notes.append("There is no test split, so the validation split stands for it.")
+    if told.validation({s for s, _, _ in rows}):
         rows = [("test" if s == "val" else s, c, p) for s, c, p in rows]
-    elif "val" in held:
-        told.left["val", "validation beside a test split"] += [p.file.name for s, _, p in rows if s == "val"]
-        told.notes.append("The validation split stays out of training, since there is a test split.")
-        rows = [r for r in rows if r[0] != "val"]
+    told.left["val", "validation beside a test split"] += [p.file.name for s, _, p in rows if s == "val"]
+    rows = [r for r in rows if r[0] != "val"]
     written = [{c for s, c, _ in rows if c is not None and s == split} for split in ("test", "train")]
     same = all(len({*map(str.casefold, split)}) == len(split) for split in written)  # a set of letters has A and a
     fold: Callable[[Any], str] = (lambda c: str(c).casefold()) if same else str
@@ -612,12 +608,8 @@ def _arrays(found: list[File], path: Path, told: Told) -> list[Raw]:
         labels = arrays.pop(("", "labels"), None)
         split = "unlabeled" if labels is None else "train"
         arrays |= {(split, "images"): images} | ({(split, "labels"): labels} if labels is not None else {})
-    if ("val", "images") in arrays:
-        if ("test", "images") in arrays:
-            told.notes.append("The validation split stays out of training, since there is a test split.")
-        else:
-            told.notes.append("There is no test split, so the validation split stands for it.")
-            arrays |= {("test", kind): arrays["val", kind] for kind in ("images", "labels") if ("val", kind) in arrays}
+    if told.validation({s for s, kind in arrays if kind == "images"}):
+        arrays |= {("test", kind): arrays["val", kind] for kind in ("images", "labels") if ("val", kind) in arrays}
     splits = [s for s in SPLITS if (s, "images") in arrays]
     if not splits:
         raise SidaeError(f"{path} has no usable split: it needs the arrays train_images, test_images or unlabeled_images with "

@@ -25,14 +25,9 @@ from sidae_lib.config import SidaeError
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty data folder, no published records, and a process that has seen no set yet."""
-    monkeypatch.setenv("SIDAE_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("SIDAE_RECORDS", str(tmp_path / "records"))
-    monkeypatch.setattr(data, "_names", {})
-    data._load.cache_clear()
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
+def root(no_sets):
+    """The data folder, which is empty."""
+    return no_sets
 
 
 def pixels(*shape, seed=0):

@@ -21,12 +21,8 @@ from sidae_lib.config import SidaeError
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """A folder for a set; the data folder is empty, and the process has seen no set yet."""
-    monkeypatch.setenv("SIDAE_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("SIDAE_RECORDS", str(tmp_path / "records"))
-    monkeypatch.setattr(data, "_names", {})
-    data._load.cache_clear()
+def root(tmp_path, no_sets):
+    """A folder for a set."""
     return tmp_path / "set"
 
 

@@ -23,12 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Imag
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty data folder, and a process that has seen no set yet."""
-    monkeypatch.setenv("SIDAE_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(data, "_names", {})
-    data._load.cache_clear()
-    (tmp_path / "data").mkdir()
+def root(tmp_path, no_sets):
+    """A folder for sets, with the data folder in it."""
     return tmp_path
 
 
