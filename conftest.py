@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import pytest
@@ -23,6 +24,18 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    """Notebooks are validated by nbval, in empty folders, so that they train what is compared."""
+    if not any(arg.rstrip("/").endswith("notebooks") or ".ipynb" in arg for arg in config.args):
+        return
+    vars(config.option).update(nbval_lax=True, nbval_current_env=True, nbval_cell_timeout=300)
+    if not hasattr(config, "workerinput"):  # a worker of xdist inherits the folders
+        folder = TemporaryDirectory(ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ |= {f"SIDAE_{name.upper()}": f"{folder.name}/{name}" for name in ("runs", "records", "figures")}
+        os.environ["MPLBACKEND"] = ""  # ipykernel chooses
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,7 +66,7 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         return result
     stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
-    cells = any(getattr(session.config.option, name, False) for name in ("nbval", "nbval_lax"))
+    cells = getattr(session.config.option, "nbval_lax", False)
     reasons = [r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", [])]
     found = {"what": "notebook cells" if cells else "tests", "passed": len(stats.get("passed", [])),
              "failed": [r.nodeid for kind in ("failed", "error") for r in stats.get(kind, [])],
@@ -84,7 +97,7 @@ def last_line(stages: list[dict]) -> str:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of this test's own that holds an empty store, no published records and its figures."""
     for name in ("runs", "records", "figures"):
         monkeypatch.setenv(f"SIDAE_{name.upper()}", str(tmp_path / name))
@@ -112,10 +125,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def trained(store: Path, session: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(own_store: Path, session: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As `store`, but with the runs that other tests of this session have asked for: for those that only look at them."""
     monkeypatch.setenv("SIDAE_RUNS", str(session / "trained"))
-    return store
+    return own_store
 
 
 @pytest.fixture

@@ -1,42 +1,10 @@
 #!/usr/bin/env bash
-# Makes the environment once, then runs the notebooks, the tests or JupyterLab: see usage().
+# Makes the environment once, then runs the notebooks, the tests or JupyterLab: ./run_all.sh --help.
 set -eo pipefail
 unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 VENV=$ROOT/.venv
-PYTHON=
 SECONDS=0
-
-usage() {
-    cat <<'END_OF_USAGE'
-Usage: ./run_all.sh [smoke|quick|laptop|paper] [OPTIONS]
-           run the notebooks into executed/<scale> and figures/<scale>; the default is quick (minutes, no download)
-       ./run_all.sh test [--all] [PYTEST ARGUMENTS]
-           run the tests and validate the notebooks, one process a core, or only what the pytest arguments name, in this
-           process; --all adds the slow tests
-       ./run_all.sh lab [JUPYTER ARGUMENTS]
-           open JupyterLab on notebooks/
-
-Options of the first form:
-  --only 01,03             only these notebooks, by number or name
-  --data DIR               folder of the image sets (default: data, or $SIDAE_DATA)
-  --device auto|cpu|cuda   where to train (default: auto)
-  --seeds N                seeds 0 to N-1 instead of the scale's own
-  --minutes N              stop at a checkpoint after N minutes in all; the next call goes on from there
-  --jobs N                 train in N processes of this machine, one per GPU or sharing the cores (default: 1; without a
-                           GPU at scales quick and laptop one per core, at most 4)
-  --scheduler ADDRESS      train on the workers of this Dask scheduler (README: "One machine, several, Slurm")
-  --download               allow data sets to be downloaded
-  --fresh                  compute everything again in an empty store under runs/, and note the time; deletes nothing
-  --cell-seconds N         a notebook fails when one of its cells takes longer (default: smoke 300, quick 1800)
-  -p NAME VALUE            set any other parameter of the notebooks; a path is taken from here, not from notebooks/
-  --help, -h               show this text
-
-The environment is made in .venv, once, by python3 (3.11 or newer, with venv), and again when requirements.lock or
-pyproject.toml changes; a .venv that this script did not make is left as it is. An active environment that has the
-package and its extras is used as it is.
-END_OF_USAGE
-}
 
 fail() { # fail CODE SENTENCE
     echo "run_all.sh: $2" >&2
@@ -45,7 +13,7 @@ fail() { # fail CODE SENTENCE
 
 has() { # has PYTHON MODULE...: this interpreter is new enough to know -P and finds every module
     "$1" -P -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
-        "${@:2}" 2>/dev/null
+        "${@:2}" >/dev/null 2>&1
 }
 
 find_python() { # prints the first python3 that can make the environment
@@ -128,47 +96,33 @@ run this again."
 }
 
 use_environment() { # use_environment MODULE...: sets PYTHON to an interpreter that has the package and these modules
-    local prefix name
+    local name
     spare_home
     for name in SIDAE_DATA SIDAE_RUNS SIDAE_RECORDS SIDAE_FIGURES SIDAE_BUNDLE; do # a kernel works in another folder
         case ${!name} in "" | [/~]*) ;; *) export "$name=$PWD/${!name}" ;; esac
     done
-    for prefix in "$VIRTUAL_ENV" "$CONDA_PREFIX"; do
-        if [ -z "$PYTHON" ] && [ -n "$prefix" ] && has "$prefix/bin/python" sidae_lib torch "$@"; then
-            PYTHON=$prefix/bin/python
-        fi
-    done
-    if [ -z "$PYTHON" ]; then
+    if ! PYTHON=$(active "$@"); then
         is_whole || make_environment
         PYTHON=$VENV/bin/python
     fi
     export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} # an active environment may hold the package of another checkout
 }
 
-run_notebooks() {
-    local args=(--scale quick)
-    while [ $# -gt 0 ]; do
-        case $1 in
-            smoke | quick | laptop | paper) args+=(--scale "$1") ;;
-            --only | --data | --device | --seeds | --minutes | --cell-seconds | --jobs | --scheduler)
-                [ $# -ge 2 ] || fail 2 "$1 needs a value; see ./run_all.sh --help."
-                args+=("$1" "$2") && shift
-                ;;
-            --download | --fresh) args+=("$1") ;;
-            -p)
-                [ $# -ge 3 ] || fail 2 "-p needs a name and a value; see ./run_all.sh --help."
-                args+=("$1" "$2" "$3") && shift 2
-                ;;
-            --help | -h)
-                usage
-                exit
-                ;;
-            *) fail 2 "Unknown scale or option $1; see ./run_all.sh --help." ;;
-        esac
-        shift
+active() { # active MODULE...: prints the interpreter of an active environment that has the package and these modules
+    local prefix
+    for prefix in "$VIRTUAL_ENV" "$CONDA_PREFIX"; do
+        if [ -n "$prefix" ] && has "$prefix/bin/python" sidae_lib torch "$@"; then echo "$prefix/bin/python" && return; fi
     done
-    use_environment papermill nbconvert ipykernel ipywidgets
-    exec "$PYTHON" -P -m sidae_lib.batch "${args[@]}"
+    return 1
+}
+
+run_notebooks() {
+    local python said modules=(papermill nbconvert ipykernel ipywidgets)
+    python=$(active "${modules[@]}") || { is_whole && python=$VENV/bin/python; } || python=$(find_python) || exit
+    said=$(PYTHONPATH=$ROOT "$python" -P -m sidae_lib notebooks --look "$@") || exit # before an environment is made
+    if [ -n "$said" ]; then echo "$said" && exit; fi # it is the help
+    use_environment "${modules[@]}"
+    exec "$PYTHON" -P -m sidae_lib notebooks "$@"
 }
 
 limited() { # limited COMMAND...: what is left of an hour
@@ -194,28 +148,21 @@ run_tests() {
         case $arg in *.py* | *.ipynb*) [ ! -e "./${arg%%::*}" ] || arg=$PWD/$arg ;; esac
         args+=("$arg")
     done
-    set -- "${args[@]}"
     cd "$ROOT"
     "$PYTHON" -m compileall -q sidae_lib || true # once, since where nothing is cached each process of a test would do it
     pytest=(limited "$PYTHON" -m pytest --durations=15)
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
     case "$*" in
         "" | --all)
+            scratch=$(mktemp -d)
+            trap 'rm -rf "$scratch"' EXIT
             export SIDAE_TESTED=$scratch/tested # for a last line that speaks of both
             stage tests "${pytest[@]}" -n auto --dist worksteal "$@" || code=1
-            stage notebooks validate -n auto --dist loadfile notebooks || code=1
+            stage notebooks "${pytest[@]}" -n auto --dist loadfile notebooks || code=1
             cat "$SIDAE_TESTED.line" || code=1
             ;;
-        *.ipynb*) validate "$@" || code=1 ;;
-        *) "${pytest[@]}" "$@" || code=1 ;;
+        *) "${pytest[@]}" "${args[@]}" || code=1 ;;
     esac
     return $code
-}
-
-validate() { # validate ARGUMENTS...: in empty folders, so that it trains what it checks; ipykernel chooses the backend
-    SIDAE_RUNS=$scratch/runs SIDAE_RECORDS=$scratch/records SIDAE_FIGURES=$scratch/figures MPLBACKEND='' \
-        "${pytest[@]}" --nbval-lax --nbval-current-env --nbval-cell-timeout=300 "$@"
 }
 
 case $1 in

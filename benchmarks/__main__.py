@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sidae_lib import augment, evaluate, experiments, paths, published, train
+from sidae_lib import augment, differences, evaluate, experiments, paths, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from sidae_lib.data import Images
 
@@ -209,7 +209,7 @@ def precision(bench: Bench) -> Rows:
                 found.append(evaluate.evaluate(ask, images, weights, device=bench.device)["accuracy"])
     for kind, found in accuracy.items():
         yield {"scale": scale} | summed_up(kind, "% accuracy", found)
-    mean, low, high = published.interval([b - a for a, b in zip(*accuracy.values())])
+    mean, low, high = differences.interval([b - a for a, b in zip(*accuracy.values())])
     yield {"scale": scale, "what": "bf16 less fp32, mean", "unit": "points", "median": mean, "n": bench.repeats, "low": low,
            "high": high}  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from sidae_lib import augment, check_gpu, experiments, figures, methods, networks, pairs, paths, runs, train
+from sidae_lib import augment, check_gpu, experiments, frames, methods, pairs, paths, small_maps, store, train
 from sidae_lib.check_gpu import arithmetic, noise  # noqa: F401  (of `floor` too)
 from sidae_lib.config import EvalConfig, RunConfig
 from sidae_lib.data import Images, Split
@@ -92,7 +92,7 @@ def cut(images: Images, n: int) -> Images:
 def learner(run: train.Run, compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], None]:
     """(view 1, view 2, clean images) -> one step of the run's method and optimiser, and nothing else."""
     def loss(v1: Tensor, v2: Tensor, x: Tensor) -> Tensor:
-        batch = {"x1": x, "x2": x, "mean": run.mean, "std": run.std, "w": run.w}
+        batch = {"x1": x, "x2": x, "mean": run.mean, "std": run.std}
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
             return run.method.loss((v1, v2), batch)["loss"]
 
@@ -122,7 +122,7 @@ def pipeline_step(run: train.Run, drawn: Any) -> None:
     run.step %= run.steps  # a benchmark may outlast the schedule
     run.advance(drawn, *run.bounds[run.step % len(run.bounds)])
     if run.step % (1 if run.device.type == "cpu" else 50) == 0:
-        train._finite(run, 0)
+        run.check_finite()
 
 
 def pipeline(bench: Bench, config: RunConfig, images: Images, mode: str) -> Repeat:
@@ -144,12 +144,12 @@ def pipeline(bench: Bench, config: RunConfig, images: Images, mode: str) -> Repe
 
 @contextmanager
 def torchs_layers():
-    """Within it convolutions on small maps are torch's own, not the matrix products of `networks`."""
-    rule, networks.multiplied = networks.multiplied, lambda *_: False
+    """Within it convolutions on small maps are torch's own, not the products of `small_maps`."""
+    rule, small_maps.multiplied = small_maps.multiplied, lambda *_: False
     try:
         yield
     finally:
-        networks.multiplied = rule
+        small_maps.multiplied = rule
 
 
 def torchs(build: Callable[[], Repeat]) -> Repeat:
@@ -183,7 +183,7 @@ def fill_store(folder: str, n: int) -> None:
     base, born = experiments.run("sidae", "digits", "smoke"), train.provenance(torch.device("cpu"))
     for k in range(n):
         c = EvalConfig(run=base.replace(seed=k // 10), label_seed=k % 10)
-        runs.keep(c, {"config": c.to_dict(), "key": c.key(), "run_key": c.run.key(), "epoch": c.epoch, "kind": c.kind,
+        store.keep(c, {"config": c.to_dict(), "key": c.key(), "run_key": c.run.key(), "epoch": c.epoch, "kind": c.kind,
                        "data": {"name": "digits", "display": "digits"}, "accuracy": 90.0, "per_class": [90.0] * 10,
                        "confusion": [[100] * 10] * 10, "classes": list("0123456789"), "n_train": 1437, "n_test": 360,
                        "seconds": 1.0, "provenance": born})  # fmt: skip
@@ -193,7 +193,7 @@ def read_store(folder: str, n: int) -> Row:
     """n records to a table: time and peak memory of this process."""
     os.environ |= {"SIDAE_RUNS": folder, "SIDAE_RECORDS": f"{folder}/none"}
     began = time.perf_counter()
-    table = figures.evaluations(list(runs.every("eval-*")))
+    table = frames.evaluations(list(store.every("evaluation")))
     seconds = time.perf_counter() - began
     assert len(table) == n
     return {"seconds": seconds} | peak(torch.device("cpu"))

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from sidae_lib import figures, runs, train
+from sidae_lib import frames, store, train
 
 from .timing import Row
 
 
 def compare(one: Path, other: Path) -> pd.DataFrame:
     """One row per kind, metric and pair of devices: n evaluations in both stores, median and largest difference."""
-    stores = [{r["key"]: r for r in runs.every("eval-*", (store,))} for store in (one, other)]
+    stores = [{r["key"]: r for r in store.every("evaluation", store.local(folder))} for folder in (one, other)]
     same = [key for key in stores[0] if key in stores[1]]
-    both, others = (figures.evaluations([store[key] for key in same]) for store in stores)  # row by row the same
+    both, others = (frames.evaluations([own[key] for key in same]) for own in stores)  # row by row the same
     if both.empty:
         return both
     both = both.assign(difference=(both["accuracy"] - others["accuracy"]).abs(), other=others["hardware"],

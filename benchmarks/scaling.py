@@ -26,7 +26,7 @@ def measured(workers: int, n: int) -> tuple[float, float]:
     """(wall seconds of n runs, seconds of training in them)."""
     configs = [experiments.run("simsiam", "digits", "smoke", s, epochs=20) for s in range(n + 2)]
     with tempfile.TemporaryDirectory() as store:
-        os.environ["SIDAE_RUNS"], os.environ["SIDAE_RECORDS"] = store, store
+        os.environ["SIDAE_RUNS"], os.environ["SIDAE_RECORDS"] = store, f"{store}/none"
         grid.CPU_COUNT = workers  # one thread each
         with grid.local(workers, "cpu") as address:
             runs.fetch_all(configs[n:], client=address, device="cpu", log=quiet)

@@ -1,254 +1,373 @@
-"""`python -m sidae_lib run FIGURE --scale S`, `list`, `check PLACE`, `verify KEY`: from the command line, with no Jupyter."""
+"""The command line, without Jupyter: `python -m sidae_lib run FIGURE --scale S`, `list`, `check PLACE` ..."""
 
+# Each command imports what it needs: torch takes seconds, and help and refusals should take none.
 import argparse
-import io
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
-import pandas as pd
-
-from . import check_gpu, data, evaluate, experiments, figures, methods, own, paths, published, runs, train, verify
+from . import paths
 from .config import EvalConfig, RunConfig, SidaeError, above_zero
+
+SCALES = ("smoke", "quick", "laptop", "paper")
+OPTIONS: dict[str, dict[str, Any]] = {  # of several commands
+    "--data": {"metavar": "DIR", "help": "folder of the image sets (default: data, or $SIDAE_DATA)"},
+    "--device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "where to compute"},
+    "--seeds": {"type": int, "metavar": "N", "help": "seeds 0 to N-1 instead of the scale's own"},
+    "--minutes": {"type": float, "metavar": "N", "help": "stop at a checkpoint after N minutes in all; the "
+                  "next call goes on from there"},
+    "--jobs": {"type": int, "metavar": "N", "help": "train in N processes of this machine, one per GPU or sharing "
+               "the cores (default: 1; notebooks at scales quick and laptop, without a GPU: one per core, at most 4)"},
+    "--scheduler": {"metavar": "ADDRESS", "help": "train on the workers of this Dask scheduler, tcp://... or "
+                    "tls://..."},
+}  # fmt: skip
+RUN_ALL = """./run_all.sh [smoke|quick|laptop|paper] [OPTIONS]
+           run the notebooks into executed/<scale> and figures/<scale>;
+           the default is quick, minutes without a download
+       ./run_all.sh test [--all] [PYTEST ARGUMENTS]
+           run the tests and validate the notebooks, one process a core, or only what the arguments name, in
+           one process; --all adds the slow tests
+       ./run_all.sh lab [JUPYTER ARGUMENTS]
+           open JupyterLab on notebooks/"""
+ENVIRONMENT = """\
+The environment is made in .venv, once, by python3 (3.11 or newer, with venv), and again when the lock or
+pyproject.toml changes. A .venv that run_all.sh did not make is left as it is. An active environment that has the
+package and its extras is used as it is."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses a call in one sentence, and an option that is not written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise SidaeError(f"{message}; --help lists what is known.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m sidae_lib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(call: Callable, name: str, says: str, *options: str, **settings: Any) -> Callable:
+        settings = {"description": f"{says[0].upper()}{says[1:]}."} | settings
+        made = commands.add_parser(name, help=says, **settings)
+        made.set_defaults(call=call)
+        for option in options:
+            made.add_argument(option, **OPTIONS[option])
+        return made.add_argument
+
+    _run_options(command(_run, "run", "compute and record what a figure needs", *OPTIONS))
+    add = command(_list, "list", "show the figures, what is recorded and what is missing")
+    add("--scale", choices=SCALES, help="only this one")
+    add = command(_verify, "verify", "train one recorded run again and say whether its numbers are those "
+                  "recorded, but for what devices differ by", "--data", "--device")
+    add("key", metavar="KEY", help="of a run in runs/ or records/, or a beginning that no other has")
+    add = command(_check, "check", "say how images of your own are read and what weakens a conclusion from "
+                  "them", "--data")
+    add("place", metavar="PLACE", help="a folder, zip, npz, npy or parquet file, or the name of a set")
+    add("--size", type=int, default=32, metavar="N", help="pixels of a side that the networks will see")
+    add("--sheet", type=Path, metavar="FILE", help="also write some images of each class to this PNG")
+    add = command(_check_gpu, "check-gpu", "compare a step's CUDA graph with single launches here, and time each "
+                  "mode at paper size, alone and beside others. Processes share a GPU by MPS (start it with "
+                  "nvidia-cuda-mps-control -d) or take turns. A CPU rehearses it at toy size", "--device")
+    add("--seconds", type=float, default=60.0, metavar="N", help="of all timings together; compiling on top")
+    add("--out", type=Path, metavar="FILE", help="also write the times to this CSV")
+    add = command(_adopt, "adopt", "file finished records of a store or a bundle under records/")
+    add("sources", nargs="+", type=Path, metavar="STORE|FILE")
+    command(_readme, "readme", "write the README's tables anew from the records")
+    _notebooks_options(command(_notebooks, "notebooks", "run the notebooks, as ./run_all.sh does", *OPTIONS,
+                               prog="./run_all.sh", usage=RUN_ALL, description="Options of the first form:",
+                               epilog=ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter))
+    return parser
+
+
+def _run_options(add: Callable) -> None:
+    figures = [p.stem.partition("_")[2] for p in sorted((paths.ROOT / "notebooks").glob("*.ipynb"))]
+    add("figure", metavar="FIGURE", help=", ".join(figures))
+    add("--scale", choices=SCALES, default="quick", help="default: quick")
+    add("--datasets", nargs="+", metavar="NAME", help="only these image sets")
+    add("--methods", nargs="+", metavar="NAME", help="only runs of these methods")
+    add("--kinds", nargs="+", metavar="KIND", help="only evaluations of these kinds, such as linear or knn")
+    add("--bundle", type=Path, metavar="FILE", help="also append every record made in this call to FILE; "
+        "what would make it larger than 16 MiB goes to FILE-2, FILE-3 ... (before the suffix)")
+    add("--until", type=int, metavar="EPOCH", help="train runs without labels to this epoch, evaluate what "
+        "they have passed, and say what is left; a later call goes on")
+    add("--order", choices=("figure", "seed"), default="figure", help="seed: all of seed 0 before seed 1")
+    add("--nice", action="store_true", help="leave the processor to others, as long as this terminal lives")
+    add("--plan", type=float, metavar="HOURS", help="only say what is missing, its time, how many machines")
+    add("--rate", type=float, metavar="N", help="with --plan: images per second where no run tells")
+
+
+def _notebooks_options(add: Callable) -> None:
+    add("scale", nargs="?", choices=SCALES, default="quick", metavar="SCALE", help=", ".join(SCALES))
+    add("--only", metavar="01,03", help="only these notebooks, by number or name")
+    add("--download", action="store_true", help="allow data sets to be downloaded")
+    add("--fresh", action="store_true", help="compute everything again in an empty store under runs/, and "
+        "note the time; deletes nothing")
+    add("--cell-seconds", type=float, metavar="N", help="a notebook fails when one of its cells takes longer "
+        "(default: smoke 300, quick 1800)")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set any other parameter "
+        "of the notebooks; a path is taken from here, not from notebooks/")
+    add("--look", action="store_true", help=argparse.SUPPRESS)  # for run_all.sh: is the call a good one?
+
+
+def _only(what: str, asked: Collection[str] | None, known: Collection[str]) -> Collection[str]:
+    """The names that were asked for, by default all. Raises SidaeError for one that is not known."""
+    for name in asked or ():
+        if name not in known:
+            raise SidaeError(f"Unknown {what} {name!r}; choose from {', '.join(known)}.")
+    return asked or known
 
 
 def _run(args: argparse.Namespace) -> None:
+    from . import evaluate, experiments, methods, runs, store
+
     build = experiments.figure(args.figure)
-    above_zero(seeds=args.seeds, minutes=args.minutes, jobs=args.jobs, plan=args.plan, rate=args.rate)
+    kinds = _only("kind", args.kinds, evaluate.KINDS)
+    chosen = _only("method", args.methods, methods.METHODS)
     configs, evals = build(args.scale, datasets=args.datasets or (), seeds=range(args.seeds or 0))
-    if args.kinds:
-        evals = [e for e in evals if e.kind in args.kinds]
-    if args.methods:
-        configs, evals = [c for c in configs if c.method in args.methods], [e for e in evals if e.run.method in args.methods]
-    if args.bundle:
-        os.environ["SIDAE_BUNDLE"] = str(args.bundle.resolve())  # inherited by the processes of --jobs
+    configs = [c for c in configs if c.method in chosen]
+    evals = [e for e in evals if e.kind in kinds and e.run.method in chosen]
+    asked = [*configs, *evals]
     if args.plan:
-        return _plan([*configs, *evals], args.plan, args.rate, args.device)
+        return _plan(asked, args)
+    if args.bundle:
+        os.environ["SIDAE_BUNDLE"] = str(args.bundle.resolve())  # the processes of --jobs inherit it
     if args.nice:
         _nice()
-    asked = [*configs, *evals]
     if args.order == "seed":
-        asked.sort(key=lambda c: runs._run(c).seed)
+        asked.sort(key=lambda c: store.run_of(c).seed)
     runs.fetch_all(asked, device=args.device, minutes=args.minutes, until=args.until, jobs=args.jobs or 1,
                    client=args.scheduler)  # fmt: skip
-    print(f"{args.figure} at scale {args.scale}: {len(configs)} runs and {len(evals)} evaluations are recorded.")
-    if tested := [e for e in evals if e.score_on != "val"]:  # what only decides something is no result
-        print(figures.probes(figures.summary(figures.evaluations([runs.find(e) for e in tested]))).to_string())
+    print(f"{args.figure} at scale {args.scale}: "
+          f"{len(configs)} runs and {len(evals)} evaluations are recorded.")
+    if tested := [e for e in evals if e.score_on != "val"]:  # a score on validation images decides
+        from . import frames
+
+        print(frames.probes(frames.summary(frames.evaluations([store.find(e) for e in tested]))).to_string())
 
 
 def _nice() -> None:
-    """The lowest priority, for this process and those that it starts. Where Linux shares processors out by session, `nice`
-    alone does nothing against another session, so the session gets it too."""
+    """The lowest priority, for this process and those that it starts. Where Linux shares processors by session,
+    `nice` alone does nothing against another session, so the session gets it too."""
     os.nice(19)
     with suppress(OSError):  # no such file, or no right to write it
         Path("/proc/self/autogroup").write_text("19")
 
 
-def _kind(device: str) -> str:
-    """What recorded times are taken from, for `device`."""
-    return "a GPU" if runs.on_gpu(device) else "a CPU"
+def _stands(configs: Sequence, rates: dict[tuple, float], rate: float | None = None, device: str = "auto"
+            ) -> tuple[str, list[float] | None]:  # fmt: skip
+    """How many of these are recorded, what is left and about how long that takes, in words; and the seconds of
+    each run that is left, None where no time is known."""
+    from . import runs, store
 
-
-def _plan(configs: list[runs.Config], hours: float, rate: float | None, device: str) -> None:
-    """Says what would be computed, how long that takes and how many machines are needed, and computes nothing."""
-    left = runs.missing(configs)
-    each = runs.seconds_each(left, rate, runs.rates(device))
-    training = sum(isinstance(c, RunConfig) for c in left)
-    print(f"{training} runs and {len(left) - training} evaluations to compute, {len(configs) - len(left)} recorded.")
-    if each is None or left and not any(each.values()):
-        print(f"No such run is recorded on {_kind(device)}, so its time is unknown; --rate N says how many images a machine "
-              "trains per second.")
-        return
-    total = sum(each.values()) / 3600
-    print(f"About {total:,.1f} hours on one machine, the longest run {max(each.values(), default=0) / 3600:.2f}; "
-          f"{runs.machines(list(each.values()), 3600 * hours)} machines finish within {hours:g} hours.")
-
-
-def _stands(configs: Sequence[runs.Config], rates: dict[tuple, float]) -> str:
-    """How many of these are recorded, what is left and about how long that takes."""
-    configs, left = list(dict.fromkeys(configs)), runs.missing(configs)
+    configs, left = list(dict.fromkeys(configs)), store.missing(configs)
     if not left:
-        return f"all {len(configs):,} recorded"
+        return f"all {len(configs):,} recorded", []
+    each = list((runs.seconds_each(left, rates, rate) or {}).values())
     training = sum(isinstance(c, RunConfig) and c.epochs > 0 for c in left)
     evaluations = sum(isinstance(c, EvalConfig) for c in left)
-    each = runs.seconds_each(left, known=rates)
-    seconds = sum(each.values()) if each is not None else None
-    time = (f"no time known on {_kind('auto')}" if not seconds else f"about {seconds / 60:.1f} minutes" if seconds < 5400 else
-            f"about {seconds / 3600:,.1f} hours")  # fmt: skip
-    return (f"{len(configs) - len(left):,} of {len(configs):,} recorded; {training:,} runs to train and {evaluations:,} "
-            f"evaluations to make; {time}")
+    if not any(each):
+        time = f"no time known on a {'GPU' if runs.on_gpu(device) else 'CPU'}"
+    elif sum(each) < 5400:
+        time = f"about {sum(each) / 60:.1f} minutes"
+    else:
+        time = f"about {sum(each) / 3600:,.1f} hours"
+    return (f"{len(configs) - len(left):,} of {len(configs):,} recorded; {training:,} runs to train and "
+            f"{evaluations:,} evaluations to make; {time}"), each if any(each) else None
+
+
+def _plan(configs: Sequence, args: argparse.Namespace) -> None:
+    """Says what would be computed, how long that takes and how many machines it needs; computes nothing."""
+    from . import runs
+
+    stands, each = _stands(configs, runs.rates(args.device), args.rate, args.device)
+    print(stands)
+    if each:
+        machines = runs.machines(each, 3600 * args.plan)
+        print(f"The longest run takes {max(each) / 3600:.2f} hours; {machines} machines finish within "
+              f"{args.plan:g} hours.")  # fmt: skip
+    elif each is None:
+        print("--rate N says how many images a machine trains per second.")
 
 
 def _list(args: argparse.Namespace) -> None:
+    from . import experiments, runs
+
     rates = runs.rates()
-    for scale in [args.scale] if args.scale else experiments.SCALES:
-        experiments.scale_of(scale)
+    for scale in [args.scale] if args.scale else SCALES:
         print(f"{scale}:")
-        total: list[runs.Config] = []
+        total: list = []
         for name, build in experiments.FIGURES.items():
             try:
-                with warnings.catch_warnings(action="ignore"):  # of a set that is missing; its own figure's line says so
+                with warnings.catch_warnings(action="ignore"):  # a set is missing; its own figure says so
                     wanted = [c for part in build(scale) for c in part]
-                print(f"  {name:24s} {_stands(wanted, rates)}")
+                print(f"  {name:24s} {_stands(wanted, rates)[0]}")
                 total += wanted
             except SidaeError as e:
                 print(f"  {name:24s} {e}")
-        print(f"  {'all, each once':24s} {_stands(total, rates)}")
+        print(f"  {'all, each once':24s} {_stands(total, rates)[0]}")
 
 
 def _adopt(args: argparse.Namespace) -> None:
-    smoke = {c.key() for needs in experiments.needs("smoke").values() for part in needs for c in part}
-    new = {key for source in args.sources for key in runs.adopt(source, smoke)}
-    for scale in [s for s in experiments.SCALES if s != "smoke"] if new else []:
-        for name, needs in experiments.needs(scale).items():
-            if found := sum(c.key() in new for part in needs for c in part):
+    from . import adoption, experiments
+
+    def wanted(scale: str) -> dict[str, list[str]]:
+        needs = experiments.needs(scale)
+        return {name: [c.key() for part in parts for c in part] for name, parts in needs.items()}
+
+    smoke = {key for keys in wanted("smoke").values() for key in keys}
+    new = {key for source in args.sources for key in adoption.adopt(source, smoke)}
+    for scale in SCALES[1:] if new else ():
+        for name, keys in wanted(scale).items():
+            if found := sum(key in new for key in keys):
                 print(f"{name} at scale {scale}: {found} new records; draw its figures anew "
                       f"(./run_all.sh {scale} --only NOTEBOOK) and run `python -m sidae_lib readme`.")
 
 
 def _check(args: argparse.Namespace) -> None:
-    above_zero(size=args.size)
+    from . import data, own
+
     name, notes = own.prepare(args.place, args.size)
     images = data.load(name, size=args.size)
     table, warned = own.look(images, verdict=False)
     print(images.display, *notes, table.to_string(), *warned, sep="\n")
     if args.sheet:
+        import io
+
+        from . import diagrams
+
         with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
-            figures.sheet(images).savefig(content := io.BytesIO(), format="png", dpi=200)
+            diagrams.sheet(images).savefig(content := io.BytesIO(), format="png", dpi=200)
         try:
             args.sheet.write_bytes(content.getvalue())
         except OSError as e:
             raise SidaeError(f"The sheet could not be written to {args.sheet} ({e.strerror}); choose another --sheet.") from e
-    if "unlabeled" not in images.splits and not ("train" in table.index and table.loc["train", "classes"] > 1):
-        raise SidaeError(f"{images.display} cannot be trained on: it needs training images of at least two classes, or an "
-                         "unlabeled split.")
+    several = "train" in table.index and table.loc["train", "classes"] > 1
+    if not several and "unlabeled" not in images.splits:
+        raise SidaeError(f"{images.display} cannot be trained on: it needs training images of at least two "
+                         "classes, or an unlabeled split.")
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from . import verify
+
     return int(not verify.verify(args.key, device=args.device))
 
 
 def _check_gpu(args: argparse.Namespace) -> int:
-    above_zero(seconds=args.seconds)
+    from . import check_gpu
+
     return check_gpu.check(args.device, args.seconds, args.out)
 
 
-def readme(text: str) -> str:
-    """The README with its tables made anew, every number read from a record or from the batch run's own clock."""
-    recorded = {r["key"]: r for r in runs.every("eval-*", (paths.records(),))}
-    names = [figures.variant(m, 0.5, a) for m, a in (("sidae", ""), ("simsiam", ""), ("dae", ""), ("untrained", ""),
-                                                     ("supervised", "none"), ("supervised", "augmented"))]  # fmt: skip
-    rows = [f"| data | labels | {' | '.join(names)} | n, scale and hardware |", "|---" * (len(names) + 3) + "|"]
+def _notebooks(args: argparse.Namespace) -> int:
+    if args.look:
+        return 0
+    try:
+        from . import batch
+    except ImportError as e:
+        raise SidaeError('Notebooks need the extra of that name: pip install "sidae-lib[notebooks]".') from e
+    return batch.run(args)
+
+
+def _results(recorded: dict[str, dict]) -> list[dict[str, Any]]:
+    """The last checkpoints by the paper's probe beside the paper's Table 1, as far as they are recorded."""
+    from . import claims, experiments, frames
+
+    names = [frames.variant(m, 0.5) for m in ("sidae", "simsiam", "dae", "untrained", "supervised")]
+    names.append(frames.variant("supervised", 0.5, "augmented"))
+    rows = []
     for scale in ("paper", "laptop"):
-        if found := [recorded[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in recorded]:
-            table = figures.beside_published(figures.summary(figures.evaluations(found)))
-            for (display, less), part in table.groupby(["display", -table["labels"]]):
-                n = part["n"].mode().iloc[0]
-                cells = {figures.variant(r.method, r.w, r.augment): r.ours + f"<br>*{r.paper}*" * bool(r.paper)
-                         + f"<br>n = {r.n}" * bool(r.n != n) for r in part.itertuples()}
-                first = [display, f"{figures.percent(-less)} = {part['n_train'].iloc[0]:,}"]
-                last = f"{n}, {scale}, {figures.distinct(part['hardware'])}"
-                rows.append(f"| {' | '.join([*first, *(cells.get(m, '') for m in names)])} | {last} |")
-    board = ["| claim | scale | verdict | cases | supported alone | contradicted alone | undecided alone | by chance |",
-             "|---" * 8 + "|"]  # fmt: skip
-    same = ["statement", "case", "n", "difference"]  # the student report's runs are of its own size at both scales
-    said: set[tuple] = set()
+        found = [recorded[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in recorded]
+        if not found:
+            continue
+        table = claims.beside_published(frames.summary(frames.evaluations(found)))
+        for (display, less), part in table.groupby(["display", -table["labels"]]):
+            usual, cells = part["n"].mode().iloc[0], dict.fromkeys(names, "")
+            for r in part.itertuples():
+                paper = f"<br>*{r.paper}*" if r.paper else ""
+                seeds = f"<br>n = {r.n}" if r.n != usual else ""
+                cells[frames.variant(r.method, r.w, r.augment)] = f"{r.ours}{paper}{seeds}"
+            labels = f"{frames.percent(-less)} = {part['n_train'].iloc[0]:,}"
+            rows.append({"data": display, "labels": labels, **cells,
+                         "n, scale and hardware": f"{usual}, {scale}, {frames.distinct(part['hardware'])}"})
+    return rows
+
+
+def _scoreboard(recorded: dict[str, dict]) -> list[dict[str, Any]]:
+    """What became of the claims. A case that is the same at both scales, as the report's are, counts once."""
+    from . import claims, experiments
+
+    rows, same, said = [], ["statement", "case", "n", "difference"], set()
     for scale in ("laptop", "paper"):
         found = {name: [recorded[e.key()] for e in evals if e.key() in recorded]
                  for name, evals in experiments.evaluations(scale).items()}
-        cases = figures.scoreboard(found, scale).query("published.isna()")
+        cases = claims.scoreboard(found, scale).query("published.isna()")
         judged = list(cases[same].itertuples(index=False, name=None))
-        cases = cases.loc[[r not in said for r in judged]]
+        for c in claims.claims(cases.loc[[case not in said for case in judged]]).to_dict("records"):
+            alone = {f"{verdict} alone": c[verdict] for verdict in claims.VERDICTS}
+            rows.append({"claim": c["statement"], "scale": scale, "verdict": c["verdict"],
+                         "cases": c["cases"], **alone, "by chance": c["by chance"]})
         said.update(judged)
-        for claim, *rest in published.claims(cases).drop(columns=["paper", "source", "tested"]).itertuples(index=False):
-            board.append(f"| {' | '.join(map(str, (claim, scale, *rest)))} |")
-    clock = ["| notebook | scale | minutes | hardware |", "|---|---|---|---|"]
-    for path in sorted(paths.figures("").glob("*/timings.csv")):
-        clock += [f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} | {t.hardware} |"
-                  for t in pd.read_csv(path).itertuples()]
-    axes = ["| method | augment | encode | extract | compare | loss |", "|---" * 6 + "|"]
-    axes += [f"| {' | '.join([figures.NAMES.get(m, m), *vars(a).values()])} |" for m, a in methods.five_axes().items()]
-    for name, lines in (("results", rows), ("scoreboard", board), ("minutes", clock), ("axes", axes)):
-        head, _, rest = text.partition(f"<!-- {name} -->")
-        tail = rest.partition(f"<!-- /{name} -->")[2]
-        text = "\n".join([f"{head}<!-- {name} -->", *lines, f"<!-- /{name} -->{tail}"])
+    return rows
+
+
+def readme(text: str) -> str:
+    """The README with its tables made anew, every number read from a record or the batch run's own clock."""
+    import pandas as pd
+
+    from . import methods, store
+
+    recorded = {r["key"]: r for r in store.every("evaluation", store.published())}
+    clock = [{"notebook": t.notebook, "scale": path.parent.name, "minutes": f"{t.seconds / 60:.1f}",
+              "hardware": t.hardware} for path in sorted(paths.figures("").glob("*/timings.csv"))
+             for t in pd.read_csv(path).itertuples()]  # fmt: skip
+    axes = [{"method": methods.NAMES.get(name, name), **vars(a)} for name, a in methods.five_axes().items()]
+    tables = {"results": _results(recorded), "scoreboard": _scoreboard(recorded), "minutes": clock,
+              "axes": axes}  # fmt: skip
+    for name, rows in tables.items():
+        head, *body = [f"| {' | '.join(map(str, row))} |" for row in (rows[0], *(r.values() for r in rows))]
+        table = "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        after = rest.partition(f"<!-- /{name} -->")[2]
+        text = f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
     return text
 
 
 def _readme(args: argparse.Namespace) -> None:
+    from . import train
+
     path = paths.ROOT / "README.md"
     train.write(path, readme(path.read_text()).encode())
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sidae_lib", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    run = commands.add_parser("run", help="compute and record what a figure needs")
-    run.add_argument("figure", help=", ".join(experiments.FIGURES))
-    run.add_argument("--scale", default="quick", help=", ".join(experiments.SCALES))
-    run.add_argument("--datasets", nargs="+", metavar="NAME", help="only these image sets")
-    run.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
-    run.add_argument("--kinds", nargs="+", metavar="KIND", choices=evaluate.KINDS, help="only evaluations of these kinds: "
-                     + ", ".join(evaluate.KINDS))
-    run.add_argument("--methods", nargs="+", metavar="NAME", choices=methods.METHODS, help="only runs of these methods")
-    run.add_argument("--bundle", type=Path, metavar="FILE", help="also append every record made in this call to FILE; what "
-                     "would make it larger than 16 MiB goes to FILE-2, FILE-3 ... (before the suffix)")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    run.add_argument("--minutes", type=float, metavar="N", help="stop at a checkpoint after N minutes and say what is left")
-    run.add_argument("--until", type=int, metavar="EPOCH", help="train runs without labels to this epoch, evaluate what they "
-                     "have passed, and say what is left; a later call goes on")
-    run.add_argument("--order", choices=("figure", "seed"), default="figure", help="seed: all of seed 0 before seed 1")
-    run.add_argument("--nice", action="store_true", help="leave the processor to others, for as long as this terminal lives")
-    run.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
-    run.add_argument("--jobs", type=int, metavar="N", help="N processes, which take the GPUs in turn or divide the "
-                     "cores; 1: this process")
-    run.add_argument("--scheduler", metavar="ADDRESS", help="workers of this Dask scheduler, tcp://... or tls://...")
-    run.add_argument("--plan", type=float, metavar="HOURS", help="only say what is missing, its time, the machines it takes")
-    run.add_argument("--rate", type=float, metavar="N", help="with --plan: images per second where no such run is recorded")
-    run.set_defaults(call=_run)
-    show = commands.add_parser("list", help="figures, what is recorded and what is missing")
-    show.add_argument("--scale")
-    show.set_defaults(call=_list, data=None)
-    check = commands.add_parser("verify", help="train one recorded run again and say whether its numbers are those recorded",
-                                description=verify.__doc__)
-    check.add_argument("key", metavar="KEY", help="of a run in runs/ or records/, or a beginning that no other has")
-    check.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    check.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
-    check.set_defaults(call=_verify)
-    look = commands.add_parser("check", help="say how images of your own are read and what weakens a conclusion from them")
-    look.add_argument("place", metavar="PLACE", help="a folder, a zip, an npz, an npy, a parquet file or the name of a set")
-    look.add_argument("--size", type=int, default=32, metavar="N", help="pixels of a side that the networks will see")
-    look.add_argument("--sheet", type=Path, metavar="FILE", help="also write some images of each class to this PNG")
-    look.add_argument("--data", metavar="DIR", help="folder of the image sets (SIDAE_DATA)")
-    look.set_defaults(call=_check)
-    gpu = commands.add_parser("check-gpu", help="compare a step's graph with single launches here, and time every mode",
-                              description=check_gpu.__doc__)  # fmt: skip
-    gpu.add_argument("--seconds", type=float, default=60.0, metavar="N", help="of all timings together; compiling on top")
-    gpu.add_argument("--device", default="auto", help="auto, cpu or cuda; cpu: a rehearsal at toy size")
-    gpu.add_argument("--out", type=Path, metavar="FILE", help="also write the times to this CSV")
-    gpu.set_defaults(call=_check_gpu, data=None)
-    adopt = commands.add_parser("adopt", help="file finished records of a store or a bundle under records/")
-    adopt.add_argument("sources", nargs="+", type=Path, metavar="STORE|FILE")
-    adopt.set_defaults(call=_adopt, data=None)
-    commands.add_parser("readme", help="write the README's tables anew from the records").set_defaults(call=_readme, data=None)
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what the arguments say. Returns 0, 1 where a check failed, 2 for a refusal, 130 when stopped."""
     try:
-        if args.data is not None:
+        args = _parser().parse_args(argv)
+        given = vars(args)
+        above_zero(**{name: given[name] for name in given if type(given[name]) in (int, float)})
+        if given.get("data") is not None:
             paths.use_data(args.data)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # while nothing trains there is nothing to save
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # where nothing trains
         return args.call(args) or 0
     except KeyboardInterrupt:
         print("Stopped; what was recorded is kept, and the same call goes on from there.")
         return 130
-    except train.Stopped as e:
-        print(e, *getattr(e, "__notes__", ()), sep="\n")
-        return 130 if "Stopped by" in str(e) else 0  # a signal, and not what --minutes or --until asked for
     except SidaeError as e:
-        print(f"error: {e}", *getattr(e, "__notes__", ()), sep="\n", file=sys.stderr)  # of what is not ours, its traceback
+        notes = getattr(e, "__notes__", ())  # the traceback of what is not ours
+        train = sys.modules.get("sidae_lib.train")  # without it nothing was trained, so nothing was stopped
+        if train and isinstance(e, train.Stopped):
+            print(e, *notes, sep="\n")
+            return 130 if "Stopped by" in str(e) else 0  # a signal; or what --minutes or --until asked for
+        print(f"error: {e}", *notes, sep="\n", file=sys.stderr)
         return 2
 
 

@@ -1,12 +1,13 @@
 """Batched augmentation on the device: every sample has its own parameters, drawn apart from their use.
 
-Given the same parameters each op equals torchvision's function for one image. `Op.draw` makes the parameters on the CPU
-from a generator, a whole epoch at once; `Op.__call__` is a fixed sequence of dense tensor operations, without branches
-on values or shapes that depend on them, so that a compiled step or a CUDA graph can hold it.
+Given the same parameters each op equals torchvision's function for one image. `draw` makes the parameters of
+a whole epoch on the CPU. A call is a fixed sequence of dense tensor operations, without branches on values: a
+compiled step or a CUDA graph can hold it.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,24 +20,23 @@ Params = dict[str, Tensor]  # "<op's name>" or "<op's name>.<what>" -> (n, ...),
 
 
 class Op(Protocol):
-    """One augmentation; two ops of the same kind in one pipeline need two names.
-
-    draw: parameters of n samples of S x S pixels.   __call__: x (B, C, S, S) in [0, 1] -> the same shape and range.
-    """
+    """One augmentation; two ops of the same kind in one pipeline need two names."""
 
     name: str
 
-    def draw(self, n: int, size: int, generator: Generator) -> Params: ...
+    def draw(self, n: int, size: int, generator: Generator) -> Params:
+        """Parameters of n samples of size x size pixels."""
 
-    def __call__(self, x: Tensor, params: Params) -> Tensor: ...
+    def __call__(self, x: Tensor, params: Params) -> Tensor:
+        """x: (B, C, S, S) in [0, 1] -> the same shape and range."""
 
 
 def _uniform(low: float, high: float, *shape: int, generator: Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def _grey(*channels: Tensor) -> Tensor:
-    """Luma of channels (r, g, b) as torchvision computes it; a single channel is its own."""
+def _grey(channels: Sequence[Tensor]) -> Tensor:
+    """Luma of channels [r, g, b] as torchvision computes it; a single channel is its own."""
     if len(channels) == 1:
         return channels[0]
     r, g, b = channels
@@ -46,16 +46,16 @@ def _grey(*channels: Tensor) -> Tensor:
 def _separable(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """rows @ x @ cols^T for every image and channel: x (B, C, S, S), rows and cols (B, S, S)."""
     B, C, S, _ = x.shape
-    x = (rows @ x.transpose(1, 2).reshape(B, S, C * S)).view(B, S * C, S)  # one product per image, not per channel
+    x = (rows @ x.transpose(1, 2).reshape(B, S, C * S)).view(B, S * C, S)  # a product per image
     return (x @ cols.mT).view(B, S, C, S).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A box of random area and aspect ratio, resized to the whole image (bilinear), as torchvision's RandomResizedCrop.
+    """A box of random area and aspect ratio, resized to the whole image (bilinear), as torchvision's op.
 
-    scale: range of the share of the area.   ratio: range of width / height; contains 1, since after ten failed tries
-    torchvision takes the largest centred box within it, here the whole (square) image.
+    scale: range of the share of the area.   ratio: range of width / height. It contains 1: after ten failed
+    tries torchvision takes the largest centred box within it, which here is the whole (square) image.
     Parameter: (n, 4) int64 top, left, height, width.
     """
 
@@ -66,7 +66,7 @@ class RandomResizedCrop:
     def draw(self, n: int, size: int, generator: Generator) -> Params:
         area = size**2 * _uniform(*self.scale, n, 10, generator=generator)
         ratio = _uniform(*map(math.log, self.ratio), n, 10, generator=generator).exp()
-        box = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # (n, 10, 2) height and width of each try
+        box = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # (n, 10, 2) height, width
         fits = ((box > 0) & (box <= size)).all(2)
         box = box[torch.arange(n), fits.int().argmax(1)]  # (n, 2) the first that fits
         box = torch.where(fits.any(1, keepdim=True), box, size)
@@ -80,7 +80,7 @@ class RandomResizedCrop:
 
     @staticmethod
     def _weights(start: Tensor, length: Tensor, size: int) -> Tensor:
-        """(B, S, S): weight of source pixel i in output pixel o. A box never exceeds S, so two neighbours suffice."""
+        """(B, S, S): weight of source pixel i in output pixel o: of two neighbours, as no box exceeds S."""
         pixel = torch.arange(size, device=start.device)
         start, length = start[:, None], length[:, None]
         source = ((pixel + 0.5) * (length / size) - 0.5).clamp(min=0).minimum(length - 1.0) + start  # (B, S)
@@ -88,38 +88,30 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class Flip:
-    """Horizontal mirror image with probability p. Parameter: (n,) int64, 1 = mirrored."""
+class Sometimes:
+    """Changes a sample with probability p. Parameter: (n,) int64, 1 = changed."""
 
-    p: float = 0.5
-    name: str = "flip"
-
-    def draw(self, n: int, size: int, generator: Generator) -> Params:
-        return {self.name: (torch.rand(n, generator=generator) < self.p).long()}
-
-    def __call__(self, x: Tensor, params: Params) -> Tensor:
-        return torch.where(params[self.name].view(-1, 1, 1, 1) == 1, x.flip(3), x)
-
-
-@dataclass(frozen=True)
-class Greyscale:
-    """Luma in all channels with probability p. Parameter: (n,) int64, 1 = grey."""
-
-    p: float = 0.2
-    name: str = "grey"
+    name: str
+    p: float
+    change: Callable[[Tensor], Tensor]
 
     def draw(self, n: int, size: int, generator: Generator) -> Params:
         return {self.name: (torch.rand(n, generator=generator) < self.p).long()}
 
     def __call__(self, x: Tensor, params: Params) -> Tensor:
-        return torch.where(params[self.name].view(-1, 1, 1, 1) == 1, _grey(*x.unbind(1))[:, None], x)
+        return torch.where(params[self.name].view(-1, 1, 1, 1) == 1, self.change(x), x)
+
+
+FLIP = Sometimes("flip", 0.5, lambda x: x.flip(3))
+GREYSCALE = Sometimes("grey", 0.2, lambda x: _grey(x.unbind(1))[:, None])
+SOLARIZE = Sometimes("solarize", 0.2, lambda x: torch.where(x >= 0.5, 1 - x, x))
 
 
 @dataclass(frozen=True)
 class Translate:
-    """A shift by up to `pixels` in both directions with probability p, what it uncovers reflected (AMDIM's code).
+    """A shift by up to `pixels` both ways with probability p, reflected at the borders (AMDIM's code).
 
-    Parameter: (n, 2) int64 rows and columns, 0 = not shifted; the sample's top left corner is what lay that far in.
+    Parameter: (n, 2) int64 rows and columns, 0 = not shifted: the pixel that becomes the top left corner.
     """
 
     pixels: int = 4
@@ -128,8 +120,8 @@ class Translate:
 
     def draw(self, n: int, size: int, generator: Generator) -> Params:
         if size <= self.pixels:
-            raise SidaeError(f"Images of {size} pixels cannot be shifted by {self.pixels}; set a larger size or choose another "
-                             "augmentation.")  # fmt: skip
+            raise SidaeError(f"Images of {size} pixels cannot be shifted by {self.pixels}; "
+                             "set a larger size or choose another augmentation.")  # fmt: skip
         shift = torch.randint(-self.pixels, self.pixels + 1, (n, 2), generator=generator)
         return {self.name: shift * (torch.rand(n, 1, generator=generator) < self.p)}
 
@@ -142,12 +134,12 @@ class Translate:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast, saturation and hue in random order with probability p, as torchvision's ColorJitter.
+    """Brightness, contrast, saturation, hue in random order with probability p, as torchvision's ColorJitter.
 
-    Each strength s gives factors U(max(0, 1 - s), 1 + s), hue U(-s, s); one at 0 is left out and costs nothing.
-    The first three are one formula, clamp(f x + (1 - f) ref) with ref = 0, the mean of grey, or grey: so hue, the dear
-    one, runs once, between the blends before it and the blends after it; a place not taken holds the identity.
-    Parameters: "blend" (n, places, 3) coefficients of x, of grey and of grey's mean; "hue" (n,) turns of the circle.
+    A strength s gives factors U(max(0, 1 - s), 1 + s), hue U(-s, s); an op of strength 0 is left out.
+    The first three are one formula, clamp(f x + (1 - f) ref), where ref is 0, the mean of grey, or grey. So
+    hue, which costs most, runs once, between the blends before and after it; unused places change nothing.
+    Parameters: "blend" (n, places, 3) coefficients of x, grey and grey's mean; "hue" (n,) in turns.
     """
 
     brightness: float = 0.4
@@ -161,7 +153,7 @@ class ColorJitter:
         return self.plan(*self.sample(n, generator))
 
     def sample(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """torchvision's parameters: factors (n, 4) and the order (n, ops in use), 0 to 3 as in the class's line 1."""
+        """torchvision's parameters: factors (n, 4), and the order (n, ops) of 0 = brightness to 3 = hue."""
         strength = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
         neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
         low = (neutral - strength).maximum(torch.tensor([0.0, 0.0, 0.0, -0.5]))
@@ -171,7 +163,7 @@ class ColorJitter:
         return torch.where(torch.rand(n, 1, generator=generator) < self.p, factors, neutral), order
 
     def plan(self, factors: Tensor, order: Tensor) -> Params:
-        """The op's parameters, from factors (n, 4) and order (n, ops in use) as `sample` gives them."""
+        """The op's parameters, from factors and order as `sample` gives them."""
         f = factors.gather(1, order)
         blend = torch.stack([f, (1 - f) * (order == 2), (1 - f) * (order == 1)], 2)  # (n, ops, 3)
         if not self.hue:
@@ -180,7 +172,8 @@ class ColorJitter:
         identity = torch.tensor([1.0, 0.0, 0.0])
         before = torch.where((place < at)[..., None], blend, identity)[:, :-1]
         after = torch.where((place > at)[..., None], blend, identity)[:, 1:]
-        return {f"{self.name}.blend": torch.cat([before, after], 1), f"{self.name}.hue": factors[:, 3].contiguous()}
+        hue = factors[:, 3].contiguous()
+        return {f"{self.name}.blend": torch.cat([before, after], 1), f"{self.name}.hue": hue}
 
     def __call__(self, x: Tensor, params: Params) -> Tensor:
         blend = params[f"{self.name}.blend"][..., None, None].unbind(1)  # places x (B, 3, 1, 1)
@@ -195,19 +188,20 @@ class ColorJitter:
         return torch.stack(channels, 1)
 
     @staticmethod
-    def _blend(channels: tuple[Tensor, ...], coefficients: Tensor) -> list[Tensor]:
+    def _blend(channels: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
         own, of_grey, of_mean = coefficients.unbind(1)  # (B, 1, 1)
-        grey = _grey(*channels)
+        grey = _grey(channels)
         ref = of_grey * grey + of_mean * grey.mean((1, 2), keepdim=True)
         return [(own * c + ref).clamp(0, 1) for c in channels]
 
     @staticmethod
     def _turn_hue(r: Tensor, g: Tensor, b: Tensor, turns: Tensor) -> list[Tensor]:
-        """RGB -> HSV -> RGB as torchvision, but with no case per sextant: a channel is piecewise linear in the hue."""
+        """RGB -> HSV -> RGB as torchvision, without cases: a channel is piecewise linear in the hue."""
         high, low = r.maximum(g).maximum(b), r.minimum(g).minimum(b)
         chroma = high - low
         d = torch.where(chroma == 0, 1.0, chroma)
-        sextant = torch.where(high == r, (g - b) / d, torch.where(high == g, 2 + (b - r) / d, 4 + (r - g) / d))
+        sextant = torch.where(high == g, 2 + (b - r) / d, 4 + (r - g) / d)
+        sextant = torch.where(high == r, (g - b) / d, sextant)
         out = []
         for offset in (0, 4, 2):
             h = sextant + 6 * turns + offset
@@ -246,26 +240,11 @@ class GaussianBlur:
 
 
 @dataclass(frozen=True)
-class Solarize:
-    """Pixels of at least `threshold` are inverted, with probability p. Parameter: (n,) int64, 1 = solarised."""
-
-    p: float = 0.2
-    threshold: float = 0.5
-    name: str = "solarize"
-
-    def draw(self, n: int, size: int, generator: Generator) -> Params:
-        return {self.name: (torch.rand(n, generator=generator) < self.p).long()}
-
-    def __call__(self, x: Tensor, params: Params) -> Tensor:
-        return torch.where((params[self.name].view(-1, 1, 1, 1) == 1) & (x >= self.threshold), 1 - x, x)
-
-
-@dataclass(frozen=True)
 class PadRotateScale:
-    """Resize(2 S), Pad(18), RandomRotation(nearest, zero fill), CenterCrop(2.25 S), Resize(S): the "FER" augmentation.
+    """The "FER" augmentation: Resize(2 S), Pad(18), RandomRotation(nearest), CenterCrop(2.25 S), Resize(S).
 
-    Parameter: (n,) float32 angle in degrees, counter-clockwise, U(-degrees, degrees). S at most 144, where the crop
-    is the canvas.
+    Parameter: (n,) float32 angle in degrees, counter-clockwise, U(-degrees, degrees). S is at most 144, where
+    the crop is the canvas.
     """
 
     degrees: float = 15.0
@@ -277,11 +256,12 @@ class PadRotateScale:
     def __call__(self, x: Tensor, params: Params) -> Tensor:
         S = x.shape[-1]
         canvas, crop = 2 * S + 36, int(2.25 * S)
-        # only the crop is sampled, and outside of the enlarged image lies zero: the padding itself is never built
+        # Only the crop is sampled. Outside of the enlarged image lies zero, so the padding is never built.
         i = torch.arange(crop, device=x.device) + round((canvas - crop) / 2) + 0.5 - canvas / 2
         angle = params[self.name].double().deg2rad()[:, None, None]
         cos, sin = angle.cos().float(), angle.sin().float()
-        grid = torch.stack([cos * i - sin * i[:, None], sin * i + cos * i[:, None]], 3) / S  # (B, crop, crop, 2) x, y
+        column = i[:, None]
+        grid = torch.stack([cos * i - sin * column, sin * i + cos * column], 3) / S  # (B, crop, crop, 2) x, y
         x = F.interpolate(x, size=(2 * S, 2 * S), mode="bilinear")
         x = F.grid_sample(x, grid, mode="nearest", align_corners=False)
         return F.interpolate(x, size=(S, S), mode="bilinear", antialias=True)
@@ -289,16 +269,15 @@ class PadRotateScale:
 
 @dataclass(frozen=True)
 class Views:
-    """A pipeline of two views: the ops of each, in order, and the parameters that both views share."""
+    """A pipeline of two views: the ops of each, in order; shared: ops whose parameters are the same."""
 
     first: tuple[Op, ...]
     second: tuple[Op, ...]
     shared: tuple[str, ...] = ()
 
     def draw(self, n: int, size: int, generator: Generator, support: int = 0) -> tuple[Params, ...]:
-        """Parameters of n samples of size x size pixels for view 1, view 2 and `support` more like the first: CPU
-        tensors (n, ...), to be sliced. A function of the generator alone.
-        """
+        """Parameters of n samples of size x size pixels, for view 1, view 2 and `support` like view 1:
+        CPU tensors (n, ...), a function of the generator alone."""
         first, *others = ({k: v for op in ops for k, v in op.draw(n, size, generator).items()}
                           for ops in (self.first, self.second, *[self.first] * support))
         return first, *(p | {k: first[k] for k in self.shared} for p in others)
@@ -307,46 +286,50 @@ class Views:
 def apply(ops: tuple[Op, ...], images: Tensor, params: Params, mean: Tensor, std: Tensor) -> Tensor:
     """One normalised view of every image.
 
-    images: (B, C, S, S) uint8, C = 1 or 3.   params: as `Views.draw` gives them, sliced to the batch, on the images'
-    device.   mean, std: (C,) of pixels in [0, 1]. Returns (B, C, S, S) float32, contiguous: (view - mean) / std.
+    images: (B, C, S, S) uint8, C = 1 or 3.   params: of `Views.draw`, those of the batch, on the same device.
+    mean, std: (C,) of pixels in [0, 1]. Returns (B, C, S, S) float32, contiguous: (view - mean) / std.
     """
-    with torch.autocast(images.device.type, enabled=False):  # bfloat16 weights would move pixels by more than 1/255
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would move pixels by more than 1/255
         x = images / 255
         for op in ops:
             x = op(x, params)
         return ((x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).contiguous()
 
 
-_CIFAR = (ColorJitter(), RandomResizedCrop(), Greyscale(), Flip())
+_CIFAR = (ColorJitter(), RandomResizedCrop(), GREYSCALE, FLIP)
 # For grey images, of one channel or of three equal ones: saturation, hue and greyscale change nothing there.
-_GREY = (ColorJitter(saturation=0.0, hue=0.0), RandomResizedCrop(), Flip(), GaussianBlur())
-# All crops are bilinear. The official code of SimCLR, FNC, BYOL, VICReg, Barlow Twins and DINO crops bicubic, at ImageNet.
-# At 32 pixels without blur: SimCLR at strength 0.5 (arXiv:2002.05709, App. B.9), which is the MoCo CIFAR demo's list too
-_SIMCLR = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(), Greyscale())
-_BYOL = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(saturation=0.2), Greyscale())  # arXiv:2006.07733, App. B
-_DINO = (RandomResizedCrop((0.14, 1.0)), *_BYOL[1:])  # BYOL's but for the crop of two views (arXiv:2104.14294)
-_AMDIM = (Flip(), Translate(), ColorJitter(hue=0.2), Greyscale(0.25))
-_REPORT = (RandomResizedCrop((0.08, 1.0)), Flip(), ColorJitter(0.8, 0.8, 0.8, 0.2), Greyscale(), GaussianBlur(3, p=1.0))
+_GREY = (ColorJitter(saturation=0.0, hue=0.0), RandomResizedCrop(), FLIP, GaussianBlur())
+# All crops are bilinear; the official code of the contrastive and siamese methods crops bicubic, at ImageNet.
+# SimCLR at 32 pixels: strength 0.5, no blur (arXiv:2002.05709, App. B.9), as the CIFAR demo of MoCo
+_SIMCLR = (RandomResizedCrop((0.08, 1.0)), FLIP, ColorJitter(), GREYSCALE)
+# arXiv:2006.07733, App. B
+_BYOL = (RandomResizedCrop((0.08, 1.0)), FLIP, ColorJitter(saturation=0.2), GREYSCALE)
+_DINO = (RandomResizedCrop((0.14, 1.0)), *_BYOL[1:])  # the crop of two views (arXiv:2104.14294); else BYOL's
+# arXiv:1906.00910, its code for CIFAR
+_AMDIM = (FLIP, Translate(), ColorJitter(hue=0.2), replace(GREYSCALE, p=0.25))
+_REPORT = (*_SIMCLR[:2], ColorJitter(0.8, 0.8, 0.8, 0.2), GREYSCALE, GaussianBlur(3, p=1.0))
+_FER = (PadRotateScale(),)
 
-VIEWS: dict[str, Views] = {  # order and probabilities: arXiv:2304.02549, Sec. 4.1; values: SimSiam's (arXiv:2011.10566)
+# The paper's order and probabilities (arXiv:2304.02549, Sec. 4.1), SimSiam's values (arXiv:2011.10566).
+VIEWS: dict[str, Views] = {
     "simsiam_cifar": Views(_CIFAR, _CIFAR),
     "simsiam_grey": Views(_GREY, _GREY),
     "simclr": Views(_SIMCLR, _SIMCLR),
-    "byol": Views(_BYOL, (*_BYOL, Solarize())),
-    "dino": Views(_DINO, (*_DINO, Solarize())),
-    "amdim": Views(_AMDIM, _AMDIM, shared=("flip",)),  # arXiv:1906.00910, its code for CIFAR: one flip for both views
+    "byol": Views(_BYOL, (*_BYOL, SOLARIZE)),
+    "dino": Views(_DINO, (*_DINO, SOLARIZE)),
+    "amdim": Views(_AMDIM, _AMDIM, shared=("flip",)),  # one flip for both views
     "yadim": Views(_AMDIM, _AMDIM),  # AMDIM's and, but for its patches, CPC's: every view its own flip
     "cpc_patches": Views(_AMDIM, ()),  # one view, which the encoder cuts into patches
-    "fer": Views((PadRotateScale(),), (PadRotateScale(),)),
-    "report_fer": Views((), (PadRotateScale(),)),  # the student report (Sec. 5.2): a clean anchor, and its positive
+    "fer": Views(_FER, _FER),
+    "report_fer": Views((), _FER),  # the student report (Sec. 5.2): a clean anchor, and its positive
     "report_simclr": Views((), _REPORT),
     "report_simclr_anchors": Views(_REPORT, _REPORT),
     "none": Views((), ()),
 }
-for _name, _ops in (("simsiam_cifar", _CIFAR), ("simsiam_grey", _GREY)):  # for images whose class an op would hide
-    for _without, _kinds in (("flip", Flip), ("colour", (ColorJitter, Greyscale)),
-                             ("flip_colour", (Flip, ColorJitter, Greyscale))):  # fmt: skip
-        _left = tuple(op for op in _ops if not isinstance(op, _kinds))
+for _name in ("simsiam_cifar", "simsiam_grey"):  # for images whose class an op would hide
+    for _without, _ops in {"flip": {"flip"}, "colour": {"jitter", "grey"},
+                           "flip_colour": {"flip", "jitter", "grey"}}.items():  # fmt: skip
+        _left = tuple(op for op in VIEWS[_name].first if op.name not in _ops)
         VIEWS[f"{_name}_without_{_without}"] = Views(_left, _left)
 
 

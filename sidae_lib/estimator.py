@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
-from . import data, evaluate, methods, networks, reader, train
-from .config import RunConfig
+from . import arrays, data, evaluate, methods, networks, pictures, train
+from .config import RunConfig, SidaeError
 from .data import Images, Split
 
 
@@ -21,7 +21,7 @@ def _pixels(x: Any) -> Any:
     """A tensor, wherever it is, or an image of PIL as NumPy reads it; whatever else as it is."""
     if isinstance(x, torch.Tensor):
         return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)
-    return np.asarray(x.convert(reader.MODES.get(x.mode, x.mode))) if isinstance(x, Image.Image) else x
+    return np.asarray(x.convert(pictures.MODES.get(x.mode, x.mode))) if isinstance(x, Image.Image) else x
 
 
 def _array(X: Any) -> Any:
@@ -42,16 +42,17 @@ def _array(X: Any) -> Any:
 def _channels_last(X: np.ndarray) -> np.ndarray:
     """Images (N, H, W), (N, H, W, C) or (N, C, H, W) with their channels last. Raises ValueError for what is none of these,
     could be two, or holds a pixel that is no number."""
-    first, last = (X.ndim == 4 and X.shape[axis] in (1, 3) for axis in (1, -1))
-    if X.ndim > 4 or X.ndim == 4 and not (first or last) or not X.size:
+    channels = X.ndim < 4 or {1, 3} & {X.shape[1], X.shape[3]}
+    if X.ndim > 4 or not channels or not X.size:
         raise ValueError("X must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3 and a pixel at least, or (N, F), "
                          f"not {X.shape}.")  # fmt: skip
-    if first and last:
-        raise ValueError(f"X is {X.shape}, which reads as (N, H, W, {X.shape[3]}) and as (N, {X.shape[1]}, H, W); give images "
-                         "whose height and width are neither 1 nor 3, or grey ones as (N, H, W).")  # fmt: skip
+    try:
+        X = arrays.channels_last(X, "X", (1, 3))
+    except SidaeError as e:
+        raise ValueError(f"{e} Grey images may also be N x H x W.") from None
     if not np.isfinite(X).all():
         raise ValueError("X holds pixels that are NaN or infinite; replace them first.")
-    return np.ascontiguousarray(np.moveaxis(X, 1, 3)) if first else X
+    return np.ascontiguousarray(X)
 
 
 class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -91,7 +92,7 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             batch=min(self.batch, len(x)), lr=self.lr, backbone="small_cnn" if small else "resnet18",
             width=64 if small else int(self.width), **{k: v for k, v in fields.items() if k in reads},
             augment=("simsiam_grey" if grey else "simsiam_cifar") if self.augment == "auto" else self.augment)
-        images = Images("array", "array", config.data, (), *data._statistics(x.numpy()), {"train": Split(x)})
+        images = Images("array", "array", config.data, (), *data.statistics(x), {"train": Split(x)})
         with tempfile.TemporaryDirectory() as folder:
             self.record_ = train.pretrain(config, images, Path(folder), device=train.device_of(self.device))
             self.weights_ = (Path(folder) / f"backbone-e{self.epochs:03d}.safetensors").read_bytes()

@@ -1,8 +1,8 @@
-"""A grid of runs on a Dask cluster: processes of this machine or many machines, with a shared file system or without.
+"""Jobs on a Dask cluster: processes of this machine or of many, with a shared file system or without.
 
-A run and its evaluations are one task, queued behind the runs it depends on. A worker computes it in its own store and
-sends back the records; weights travel where they are asked for or another run starts from them. The cluster extra is
-needed (`pip install "sidae-lib[cluster]"`).
+Each job is a task, queued behind those it depends on. A worker computes it in its own store and sends the
+records back; weights travel where they are asked for or another run starts from them. This module alone needs
+the cluster extra.
 """
 
 import ctypes
@@ -11,128 +11,117 @@ import queue
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from . import __version__, data, runs, threads, train
+from . import __version__, data, store, tasks, threads, train
 from .config import RunConfig, SidaeError, digest
 
-os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # read on import, inherited; what failed the caller says
+os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # read on import; the caller says what failed
 
 try:
+    import distributed
     from dask import config
     from dask.system import CPU_COUNT
-    from distributed import Client, Nanny, Reschedule, Scheduler, SpecCluster, WorkerPlugin, as_completed, get_worker
+    from distributed import Client, Reschedule, as_completed, get_worker
 except ImportError as e:
     raise SidaeError('A cluster needs the extra of that name: pip install "sidae-lib[cluster]".') from e
 
 
 @dataclass
 class Result:
-    """What a task sends back; of one that failed or was stopped, what it had finished."""
+    """What a worker sends back of a job, also of one that failed or was stopped.
 
-    records: list[tuple[runs.Config, runs.Record]] = field(default_factory=list)
+    weights: files of backbones, by epoch.
+    """
+
+    job: tasks.Job
     error: SidaeError | None = None
-    files: tuple[RunConfig, dict[str, str]] | None = None  # an unfinished run's backbones, whose evaluations are here
-    weights: dict[tuple[RunConfig, int], bytes] = field(default_factory=dict)  # by run and epoch
+    weights: dict[int, bytes] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
 
     def keep(self, log: Callable) -> None:
-        """Into this machine's store, what it does not have; where the store is shared that is nothing."""
-        if self.files and runs.found(self.files[0], log) is None:
-            with runs._locked(self.files[0]):
-                runs.one_trajectory(*self.files, log)
-        for config, record in self.records:
-            mine = runs.found(config, log)
-            if mine is None or self.weights and mine != record:  # weights are those of their own record
-                with runs._locked(config):
-                    runs.keep(config, record)
-        for (run, epoch), content in self.weights.items():
-            path = runs.backbone(run, epoch)
-            if not path.exists() or path.read_bytes() != content:
-                train.write(path, content)
+        """Puts into this machine's store what it lacks; a shared store lacks nothing."""
+        run = self.job.run
+        if self.job.files and store.find(run, log) is None:
+            with store.locked(run):
+                store.one_trajectory(run, self.job.files, log)
+        for config, record in self.job.records:
+            mine = store.find(config, log)
+            if mine is None or self.weights and mine != record:  # weights belong to their own record
+                with store.locked(run):
+                    store.keep(config, record)
+        for epoch, content in self.weights.items():
+            train.write(store.backbone(run, epoch), content)
 
+
+# --- on a worker ----------------------------------------------------------------------------
 
 _GPUS: queue.SimpleQueue = queue.SimpleQueue()  # those of this process that no run uses
 for _n in range(torch.cuda.device_count()):
     _GPUS.put(_n)
 
-
-# glibc keeps the memory of tensors that are gone, in one arena, whatever their size: a nanny has it given back, to be mapped
-# and cleared anew for the next tensor. Environment variables and malloc.h's numbers; the latter come late for some arenas.
+# glibc gives the memory of a large tensor back at once, and a nanny asks it to do so for all of them; the next
+# one faults at every page. Keep it, in one arena. Variables, and malloc.h's numbers for mallopt.
 _MALLOC = {"MALLOC_ARENA_MAX": (-8, 1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, 2**30)}
 
 
 @contextmanager
-def _slot(device: str) -> Iterator[torch.device]:
-    """One GPU of this process to itself, or the CPU; with the torch threads that its share of the cores allows.
-
-    A nanny starts its worker with one thread, and the number of threads changes speed and bits: it is set and looked at.
-    """
+def _slot(device: str) -> Iterator[None]:
+    """One GPU of this process to itself, or the CPU; with the threads that its share of the cores allows."""
     with suppress(AttributeError, TypeError):  # another C library; TypeError: Windows
-        for name, value in _MALLOC.values():  # of a worker that `local` did not start
-            ctypes.CDLL(None).mallopt(name, value)
-    number = threads.asked() or max(1, CPU_COUNT // get_worker().state.nthreads)
-    torch.set_num_threads(number)
-    if torch.get_num_threads() != number:
-        raise SidaeError(f"This worker was to run with {number} threads and has {torch.get_num_threads()}.")
-    where = train.device_of(device)
-    if where.type == "cpu":
-        yield where
+        for number, value in _MALLOC.values():
+            ctypes.CDLL(None).mallopt(number, value)
+    torch.set_num_threads(threads.asked() or max(1, CPU_COUNT // get_worker().state.nthreads))
+    if train.device_of(device).type == "cpu":
+        yield
         return
-    n = _GPUS.get()
+    gpu = _GPUS.get()
     try:
-        torch.cuda.set_device(n)  # of this thread
-        yield where
+        torch.cuda.set_device(gpu)  # of this thread
+        yield
     finally:
-        _GPUS.put(n)
+        _GPUS.put(gpu)
 
 
-def work(version: str, job: runs.Job, given: list[Result], device: str, until: float | None, sent: set[int],
+def work(version: str, job: tasks.Job, until: float | None, given: list[Result], sent: set[int],
          sources: dict[str, str]) -> Result:  # fmt: skip
-    """One job, on a worker. given: what the jobs it depends on sent.  until: Unix time.  sent: epochs whose weights go
-    back.  sources: where the caller found its image sets."""
+    """Computes one job on a worker.
+
+    until: its deadline as Unix time.  given: what the jobs it depends on sent.  sent: epochs whose weights go
+    back.  sources: where the caller found its image sets.
+    """
+    worker = get_worker()
     if version != __version__:  # it joined late: it leaves, and another does the job
-        print(f"This worker has sidae-lib {__version__}, the grid {version}; install the same.", file=sys.stderr, flush=True)
-        worker = get_worker()
+        print(f"This worker has sidae-lib {__version__}, the grid {version}; install the same.",
+              file=sys.stderr, flush=True)  # fmt: skip
         worker.loop.add_callback(worker.close, reason="other version of sidae-lib")
         raise Reschedule
     train._Stop.signal = None  # of an earlier call
     data.remember(sources)
-    out = Result()
+    out = Result(job)
     for result in given:
         if result.error:
             raise result.error
         result.keep(out.said.append)
-    with _slot(device) as where:
-        deadline = None if until is None else time.monotonic() + until - time.time()
-        try:
-            job.compute(where, deadline, out.said.append)
-        except SidaeError as e:
-            if not isinstance(e, train.Stopped):  # which machine lacks the images, or computes what is not finite
-                e.args = (f"{str(e).removesuffix('.')} (on the worker {get_worker().address}).",)
-            out.error = e
-    out.records, out.files = job.records, (job.run, job.files) if job.files else None
-    out.weights = {(job.run, e): path.read_bytes() for e in sent if (path := runs.backbone(job.run, e)).exists()}
+    job.deadline = None if until is None else time.monotonic() + until - time.time()  # by this clock
+    with _slot(job.device):
+        out.error = job.compute(out.said.append)
+    if out.error and not isinstance(out.error, train.Stopped):  # which machine lacks images or memory
+        out.error.args = (f"{str(out.error).removesuffix('.')} (on the worker {worker.address}).",)
+    paths = {epoch: store.backbone(job.run, epoch) for epoch in sent}
+    out.weights = {epoch: path.read_bytes() for epoch, path in paths.items() if path.exists()}
     return out
 
 
-class _Interruptible(WorkerPlugin):
-    """Ctrl-C reaches every process of a terminal: the run of a worker stops at a checkpoint, the worker when it is told."""
-
-    def setup(self, worker: Any) -> None:
-        signal.signal(signal.SIGINT, lambda number, frame: setattr(train._Stop, "signal", number))
+# --- in the caller ----------------------------------------------------------------------------
 
 
-def _running(dask_worker: Any) -> int:
-    return dask_worker.state.executing_count
-
-
-def _connect(client: "Client | str") -> "Client":
+def _connect(client: Client | str) -> Client:
     """A client with workers of this version."""
     def version() -> str:  # travels by value, so that a worker without the package can answer too
         try:
@@ -145,36 +134,44 @@ def _connect(client: "Client | str") -> "Client":
     try:
         client = Client(client, set_as_default=False) if isinstance(client, str) else client
     except (OSError, ValueError, TypeError) as e:  # TypeError: TLS without a certificate
-        raise SidaeError(f"No scheduler answers at {client}; start one with `dask scheduler`, or use --jobs.") from e
-    wrong = {a: v for a, v in client.run(version).items() if v != __version__}
+        raise SidaeError(f"No scheduler answers at {client}; start one with `dask scheduler`, or use "
+                         "--jobs.") from e  # fmt: skip
+    wrong = [f"{a} has {v}" for a, v in client.run(version).items() if v != __version__]
     if wrong:
-        named = ", ".join(f"{a} has {v}" for a, v in list(wrong.items())[:3])
-        raise SidaeError(f"{len(wrong)} workers have another sidae-lib than {__version__} ({named}); install the same.")
+        raise SidaeError(f"{len(wrong)} workers have another sidae-lib than {__version__} "
+                         f"({', '.join(wrong[:3])}); install the same.")  # fmt: skip
     return client
 
 
-def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadline: float | None, weights: bool,
-             log: Callable) -> Generator[runs.Outcome, None, None]:  # fmt: skip
-    """Runs the jobs on the cluster; each is yielded when it is done and its records are kept, with its error if it failed
-    and how many are running then.
+def _submitted(jobs: list[tasks.Job], client: Client, weights: bool) -> dict[RunConfig, Any]:
+    """A future for each job."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    gpus = jobs[0].device != "cpu" and any(w["resources"].get("GPU") for w in workers)
+    started_from = {run for job in jobs for run in tasks.dependencies(job.run)}
+    futures: dict[RunConfig, Any] = {}
+    for job in jobs:
+        sent = {job.run.epochs} if weights else set()
+        if job.run in started_from:
+            sent |= {job.run.epochs, *job.epochs}  # mined pairs may start from an earlier epoch
+        given = [futures[run] for run in tasks.dependencies(job.run)]
+        until = None if job.deadline is None else time.time() + job.deadline - time.monotonic()
+        name = digest([job.run.key(), job.until, *sorted(e.key() for e in job.evals), *sorted(sent)])
+        futures[job.run] = client.submit(work, __version__, job, until, given, sent, data.sources(),
+                                         key=("sidae", name),
+                                         resources={"GPU": 1} if gpus else None)  # fmt: skip
+    return futures
 
-    Raises SidaeError when the scheduler is not there or is lost.
+
+def outcomes(jobs: list[tasks.Job], client: Client | str, weights: bool, log: Callable) -> tasks.Outcomes:
+    """Computes the jobs on the cluster; yields each that is over, when its records are kept here.
+
+    weights: the last backbones come back too. Raises SidaeError when there is no scheduler or it is lost.
     """
     address, client, own = client, _connect(client), isinstance(client, str)
-    until = None if deadline is None else time.time() + deadline - time.monotonic()
-    started_from = {run for job in jobs for run in runs.dependencies(job.run)}
-    futures: dict[RunConfig, Any] = {}
     try:
-        gpus = any(w["resources"].get("GPU") for w in client.scheduler_info(n_workers=-1)["workers"].values())
-        for job in jobs:
-            sent = {job.run.epochs} if weights or job.run in started_from else set()
-            sent |= job.epochs if job.run in started_from else set()  # mined pairs may start from an earlier one
-            name = digest([job.run.key(), job.until, *sorted(e.key() for e in job.evals), *sorted(sent)])
-            futures[job.run] = client.submit(
-                work, __version__, job, [futures[r] for r in runs.dependencies(job.run)], device, until, sent,
-                data.sources(), key=("sidae", name), resources={"GPU": 1} if gpus and device != "cpu" else None)
+        futures = _submitted(jobs, client, weights)
         log(f"{len(jobs)} runs on {len(client.nthreads())} workers at {client.scheduler.address}")
-        of = {f.key: job for f, job in zip(futures.values(), jobs)}
+        of = {future.key: job for future, job in zip(futures.values(), jobs)}
         for future in as_completed(futures.values(), loop=client.loop):
             if future.status == "cancelled":
                 raise ConnectionError
@@ -182,24 +179,37 @@ def outcomes(jobs: list[runs.Job], client: "Client | str", *, device: str, deadl
             if error is None:
                 result = future.result()
                 error = result.error
-                result.weights = result.weights if weights else {}  # else they were for other runs
+                if not weights:  # they were for other runs
+                    result.weights = {}
                 for line in result.said:
                     log(line)
                 try:
                     result.keep(log)
-                except SidaeError as e:  # what this machine cannot file; the other runs go on
+                except SidaeError as e:  # this machine cannot keep it; the other runs go on
                     error = error or e
-            yield of[future.key], error, sum(client.run(_running, on_error="ignore").values())
+            running = client.run(lambda dask_worker: dask_worker.state.executing_count, on_error="ignore")
+            yield of[future.key], error, sum(running.values())
     except (ConnectionError, OSError) as e:
-        raise SidaeError(f"The scheduler at {address} was lost; what had finished is kept, the same call does the rest.") from e
+        raise SidaeError(f"The scheduler at {address} was lost; what had finished is kept, the same call "
+                         "does the rest.") from e  # fmt: skip
     finally:
         if own:
             client.close()
 
 
+# --- a cluster of this machine ----------------------------------------------------------------------------
+
+
+class _Interruptible(distributed.WorkerPlugin):
+    """Ctrl-C reaches all processes of a terminal: a worker's run stops at a checkpoint, itself when told."""
+
+    def setup(self, worker: Any) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: setattr(train._Stop, "signal", number))
+
+
 @contextmanager
 def local(jobs: int, device: str = "auto") -> Iterator[str]:
-    """A scheduler and `jobs` worker processes of this machine, on the loopback address alone; yields the address.
+    """A scheduler and `jobs` worker processes of this machine, on the loopback address; yields the address.
 
     The processes share the GPUs in turn, or divide the cores among them.
     """
@@ -207,14 +217,19 @@ def local(jobs: int, device: str = "auto") -> Iterator[str]:
         raise SidaeError(f"There must be at least one job, not {jobs}.")
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    here = {"host": "127.0.0.1", "dashboard": False}
+    here: dict[str, Any] = {"host": "127.0.0.1", "dashboard": False}
 
     def worker(n: int) -> dict:
-        env = {"SIDAE_THREADS": max(1, CPU_COUNT // jobs), "TQDM_DISABLE": 1, "SIDAE_SCHEDULER": ""}
-        more = {"env": env | {"CUDA_VISIBLE_DEVICES": names[n % gpus]}, "resources": {"GPU": 1}} if gpus else {"env": env}
-        return {"cls": Nanny, "options": {**here, "nthreads": 1, "memory_limit": 0, "plugins": [_Interruptible()], **more}}
+        env: dict[str, Any] = {"TQDM_DISABLE": 1, "SIDAE_SCHEDULER": ""}
+        env["SIDAE_THREADS"] = max(1, CPU_COUNT // jobs)
+        options = here | {"nthreads": 1, "memory_limit": 0, "plugins": [_Interruptible()], "env": env}
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = names[n % gpus]
+            options["resources"] = {"GPU": 1}
+        return {"cls": distributed.Nanny, "options": options}
 
-    scheduler = {"cls": Scheduler, "options": here | {"dashboard_address": "127.0.0.1:0"}}  # 8787 may be another grid's
+    scheduler = {"cls": distributed.Scheduler,
+                 "options": here | {"dashboard_address": "127.0.0.1:0"}}  # 8787 may be taken
     keep = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, (_, value) in _MALLOC.items()}
-    with config.set(keep), SpecCluster({n: worker(n) for n in range(jobs)}, scheduler) as cluster:
+    with config.set(keep), distributed.SpecCluster({n: worker(n) for n in range(jobs)}, scheduler) as cluster:
         yield cluster.scheduler_address

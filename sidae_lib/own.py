@@ -5,25 +5,23 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import data, methods, networks, reader, runs, train
+from . import copies, data, frames, methods, networks, store, train
 from .config import RunConfig, SidaeError, typed
 from .data import Images, subset
-from .published import Difference
+from .differences import Difference
 
 STEPS = {"smoke": 8, "quick": 220, "laptop": 2500, "paper": 19_500}  # optimiser steps of a run without a time budget
 SHARES = (0.01, 0.05, 0.1, 1.0)  # of the training labels, for the learning curve
-# Near copies, from real sets: at least so alike, judged from so many turns of the luminance, so many pairs compared
-ALIKE, TURNS, PAIRS = 0.9, 125, 600_000_000
+PAIRS = 600_000_000  # of a test and a training image, compared at most to find near copies
 PRETRAINED = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "the autoencoder"}
 
 
@@ -41,108 +39,96 @@ def prepare(place: str, size: int = 32) -> tuple[str, tuple[str, ...]]:
     return name, (*notes, f"{place} is the set of that name; for the folder write ./{place}.") if beside else notes
 
 
+COLUMNS = ("images", "classes", "rarest", "commonest", "copies", "near")
+
+
 def look(images: Images, verdict: bool = True) -> tuple[pd.DataFrame, list[str]]:
-    """One row per split, and what of it weakens a conclusion, in sentences.
+    """One row per split, and sentences on what weakens a conclusion.
 
     Columns: images; classes that occur; images of the rarest and the commonest class; exact copies of training images;
-    test images that are nearly a training image ("-": not judged); files left out, by reason, those of no split in the row
-    "-". Raises SidaeError where no verdict can be reached; without `verdict`, the first sentence says so instead.
+    test images that are nearly a training image ("-": not judged); files left out, by reason. The row "-" counts files of no
+    split. Raises SidaeError where no verdict can be reached; without `verdict`, the first sentence says so instead.
     """
-    splits, rows, warnings = images.splits, [], []
-    own = {_digest(x) for x in splits["train"].images} if "train" in splits else set()
+    splits = images.splits
+    train_digests = {_digest(x) for x in splits["train"].images} if "train" in splits else set()
     reasons = dict.fromkeys(reason for _, reason, _ in images.left)
-    for name in dict.fromkeys([*splits, *(s for s, _, _ in images.left)]):
-        row: dict[str, Any] = {"split": name or "-"} | dict.fromkeys(("images", "classes", "rarest", "commonest", "copies",
-                                                                      "near"), "-")  # fmt: skip
-        if name in splits:
-            x, labels = splits[name].images, splits[name].labels if name != "unlabeled" else None
-            count = torch.bincount(labels) if labels is not None else torch.zeros(1, dtype=torch.int64)
-            row |= {"images": len(x), "classes": int((count > 0).sum()), "commonest": int(count.max()),
-                    "rarest": int(count[count > 0].min()) if count.any() else 0,
-                    "copies": len(x) - len(own) if name == "train" else sum(_digest(i) in own for i in x)}  # fmt: skip
-        rows.append(row | {r: sum(n for s, why, n in images.left if (s, why) == (name, r)) for r in reasons})
-    if both := {"train", "test"} <= {*splits}:
+    rows: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys([*splits, *(split for split, _, _ in images.left)]):
+        row = _counts(name, splits[name], train_digests) if name in splits else dict.fromkeys(COLUMNS, "-")
+        left = {reason: sum(n for split, why, n in images.left if (split, why) == (name, reason)) for reason in reasons}
+        rows[name or "-"] = row | left
+    compared = 0
+    if {"train", "test"} <= {*splits}:
         bank, x = splits["train"].images, splits["test"].images
         some = subset(len(x), count=min(len(x), max(1, PAIRS // len(bank))))
-        if (near := _near(x[some], bank)) is not None:
-            rows[[*splits].index("test")]["near"] = sum(_digest(i) not in own for i in x[some[near]])
-    table = pd.DataFrame(rows).set_index("split")
-    without = [s for s in ("train", "test") if s not in splits or splits[s].labels is None]
-    if without or table.classes["train"] < 2:
-        why = (f"{images.display} has no {without[0]} split with labels" if without else
-               f"All training images of {images.display} are of one class") + ", so no verdict can be reached on it" + (
-               ": only pre-training is possible." if "unlabeled" in splits else ".")
-        if verdict:
-            raise SidaeError(why)
-        warnings.append(why)
-    if not both:
-        return table, warnings
-    test = table.loc["test"]
+        compared = len(some)
+        near = copies.near(x[some], bank)
+        if near is not None:
+            rows["test"]["near"] = sum(_digest(i) not in train_digests for i in x[some[near]])
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
+    unusable = _unusable(images, table)
+    if unusable and verdict:
+        raise SidaeError(unusable)
+    return table, [unusable] * bool(unusable) + _weaknesses(table, compared, labelled=_unlabelled(images) is None)
+
+
+def _counts(name: str, split: data.Split, train_digests: set[bytes]) -> dict[str, Any]:
+    """A split's row of `look`, before anything was compared."""
+    x, labels = split.images, None if name == "unlabeled" else split.labels
+    count = torch.zeros(1, dtype=torch.int64) if labels is None else torch.bincount(labels)
+    twice = len(x) - len(train_digests) if name == "train" else sum(_digest(i) in train_digests for i in x)
+    rarest = int(count[count > 0].min()) if count.any() else 0
+    numbers = (len(x), int((count > 0).sum()), rarest, int(count.max()), twice, "-")
+    return dict(zip(COLUMNS, numbers, strict=True))
+
+
+def _unlabelled(images: Images) -> str | None:
+    """The split that is missing, or has no labels, though a verdict needs it."""
+    return next((s for s in ("train", "test") if s not in images.splits or images.splits[s].labels is None), None)
+
+
+def _unusable(images: Images, table: pd.DataFrame) -> str:
+    """Why no verdict can be reached on a set; empty where one can."""
+    lacking = _unlabelled(images)
+    if not lacking and table.classes["train"] > 1:
+        return ""
+    why = f"{images.display} has no {lacking} split with labels"
+    if not lacking:
+        why = f"All training images of {images.display} are of one class"
+    only = ": only pre-training is possible" if "unlabeled" in images.splits else ""
+    return f"{why}, so no verdict can be reached on it{only}."
+
+
+def _weaknesses(table: pd.DataFrame, compared: int, labelled: bool) -> list[str]:
+    """What of a set makes an accuracy too high or a difference too uncertain. compared: test images that were compared with
+    the training images, 0 where there is none of either."""
+    if not compared:
+        return []
+    test, out = table.loc["test"], []
     if test.copies:
-        warnings.append(f"{test.copies} of {test.images} test images are also training images: accuracies are too high.")
-    if test.near != "-" and test.near > len(some) / 20:  # fewer move an accuracy by less than other things do
-        warnings.append(f"{test.near} of {len(some)} test images are nearly the same as a training image, as neighbouring "
-                        "frames of a video are: accuracies are too high. Put each video, patient or burst into one split.")
-    if len(some) < len(x):
-        warnings.append(f"Near copies were looked for among {len(some)} of the {len(x)} test images.")
-    if without:
-        return table, warnings
-    if table.commonest["train"] > 10 * table.rarest["train"]:
-        warnings.append(f"The classes are unbalanced, {table.rarest['train']} to {table.commonest['train']} images: always "
-                        f"guessing the commonest scores {100 * test.commonest / test.images:.0f} %.")  # fmt: skip
+        out.append(f"{test.copies} of {test.images} test images are also training images: accuracies are too high.")
+    if test.near != "-" and test.near > compared / 20:  # fewer move an accuracy by less than other things do
+        out.append(f"{test.near} of {compared} test images are nearly the same as a training image, as neighbouring "
+                   "frames of a video are: accuracies are too high. Put each video, patient or burst into one split.")
+    if compared < test.images:
+        out.append(f"Near copies were looked for among {compared} of the {test.images} test images.")
+    if not labelled:
+        return out
+    rarest, commonest = table.rarest["train"], table.commonest["train"]
+    if commonest > 10 * rarest:
+        out.append(f"The classes are unbalanced, {rarest} to {commonest} images: always guessing the commonest scores "
+                   f"{100 * test.commonest / test.images:.0f} %.")  # fmt: skip
     if test.images < 400:
         half = 196 * math.sqrt(0.5 / test.images)
-        warnings.append(f"{test.images} test images: " + (f"a difference below {half:.0f} points cannot be told from chance."
-                        if half < 50 else "too few to tell a difference from chance."))  # fmt: skip
-    return table, warnings
+        told = "too few to tell a difference from chance."
+        if half < 50:
+            told = f"a difference below {half:.0f} points cannot be told from chance."
+        out.append(f"{test.images} test images: {told}")
+    return out
 
 
 def _digest(image: Tensor) -> bytes:
     return hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
-
-
-def _near(test: Tensor, train: Tensor) -> Tensor | None:
-    """Which test images (N, C, S, S) are a training image saved again, resized, brighter or moved by a pixel or two; None
-    where too few are rich enough to tell: two plain shapes on plain ground, as digits are, look alike by chance.
-
-    A perceptual hash: an image is shrunk and its neighbouring cells compared (N. Krawetz, "Kind of Like That", The Hacker
-    Factor Blog, 2013). It keeps the differences themselves, as noise turns the signs of small ones, and is taken twice: of
-    7 x 7 cells to find the three likeliest training images, of 14 x 14, moved by up to two pixels, to judge them.
-    """
-    bank = torch.cat([_hash(_grey(b), 4)[0] for b in train.split(4096)])
-    near, rich = [], []
-    for block in test.split(max(1, min(4096, 2**24 // len(train)))):  # 64 MiB of products
-        x = _grey(block)
-        likely = (_hash(x, 4)[0] @ bank.T).topk(min(3, len(train))).indices  # (n, 3)
-        found = _grey(train[likely.flatten()])
-        same = torch.einsum("mnd,nkd->mnk", _hash(x, 2, range(-2, 3)), _hash(found, 2)[0].unflatten(0, likely.shape))
-        alike, which = same.amax(0).max(1)
-        best = found.unflatten(0, likely.shape)[torch.arange(len(x)), which]
-        rich.append(torch.maximum(_turns(x), _turns(best)) > TURNS)
-        near.append((alike > ALIKE) & rich[-1])
-    return torch.cat(near).nonzero()[:, 0] if torch.cat(rich).double().mean() > 0.5 else None
-
-
-def _grey(x: Tensor) -> Tensor:
-    """uint8 (N, C, S, S) -> luminance (N, 1, 32, 32)."""
-    return reader.fit(x, 32, 1, True)[:, :1].float()
-
-
-def _hash(x: Tensor, cell: int, moves: Iterable[int] = (0,)) -> Tensor:
-    """Differences between neighbouring cells of a window 28 pixels wide, at length 1, for each move of the window down and
-    to the right: (moves * moves, N, D)."""
-    means = F.avg_pool2d(x, cell, 1)
-    cut = [means[:, 0, 2 + dy : 28 + dy : cell, 2 + dx : 28 + dx : cell] for dy in moves for dx in moves]
-    return torch.stack([F.normalize(torch.cat([c.diff(dim=d).flatten(1) for d in (1, 2)], 1)) for c in cut])
-
-
-def _turns(x: Tensor) -> Tensor:
-    """How often the luminance turns, from rising to falling or back by more than 4 each, along rows and columns: (N,). Means of
-    2 x 2 pixels, so that noise does not count for shapes."""
-    x = F.avg_pool2d(x, 2, 1)
-    steps = [x.diff(dim=d).transpose(d, 3) for d in (2, 3)]
-    signs = [torch.where(s.abs() > 4, s.sign(), 0) for s in steps]
-    return sum((s[..., 1:] * s[..., :-1] < 0).sum((1, 2, 3)) for s in signs)
 
 
 def hidden(images: Images, labels: int = 0) -> pd.DataFrame:
@@ -210,9 +196,13 @@ def plan(images: Images, network: RunConfig, steps: int, *, labels: int = 0, min
     if labels not in counts:
         raise SidaeError(f"{labels} labels of {images.display} are all of one class; at least two classes are needed.")
     batch = min(network.batch, 2 ** max(min(3, int(math.log2(n))), int(math.log2(max(n, 8) / 4))))
-    reasons = [f"Pre-training on the {n} images of the {share} split, batch {batch}: "
-               + ("the scale's own." if batch == network.batch else "small, so that an epoch has several steps."
-                  if n >= 2 * batch else "small, as the images are few.")]  # fmt: skip
+    if batch == network.batch:
+        why = "the scale's own"
+    elif n >= 2 * batch:
+        why = "small, so that an epoch has several steps"
+    else:
+        why = "small, as the images are few"
+    reasons = [f"Pre-training on the {n} images of the {share} split, batch {batch}: {why}."]
     if wanted > labels:
         reasons.append(f"{labels} labels instead of {wanted}: there are no more training images with labels.")
     grey = bool((x == x[:, :1]).all())
@@ -312,12 +302,11 @@ def card(run: RunConfig, images: Images, records: Sequence[dict[str, Any]], labe
     records: among them this method's evaluations by logistic regression, one a seed. Their interval is Student's t over the
     seeds and the sampling of the test images, added in squares. Raises SidaeError where there is none, or no backbone.
     """
-    from . import figures  # needs matplotlib, slow to import
 
     def of(config: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in config.items() if k != "seed"}
 
-    net, name, made = networks.load(path := runs.backbone(run)), figures.NAMES[run.method], runs.find(run)
+    net, name, made = networks.load(path := store.backbone(run)), methods.NAMES[run.method], store.find(run)
     tried = {r["key"]: r for r in records if r.get("kind") == "logistic" and r["n_train"] == labels
              and r["epoch"] == run.epochs and of(r["config"]["run"]) == of(run.to_dict())}.values()  # fmt: skip
     scores = pd.Series({r["config"]["run"].get("seed", 0): r["accuracy"] for r in tried}, dtype=float)
@@ -339,7 +328,7 @@ def card(run: RunConfig, images: Images, records: Sequence[dict[str, Any]], labe
 - Input: (N, {shape}), pixels in 0 to 1 less mean {net.mean}, over std {net.std}
 - Accuracy: {mean:.1f} % ({span}, n = {len(scores)}), {tests} test images; of this seed {scores[run.seed]:.1f} %
 - Judged by: logistic regression on the frozen features, {labels} labels; the interval is of seeds and test images
-- Computed on: {figures.distinct(map(figures.hardware, where))}; {made["seconds"]:.0f} s of training
+- Computed on: {frames.distinct(map(frames.hardware, where))}; {made["seconds"]:.0f} s of training
 - Versions: sidae_lib {p["package"]}, commit {p["commit"]}, torch {p["torch"]}
 - Licence of the code: MIT
 

@@ -1,215 +1,191 @@
-"""A grid of runs in processes of this machine, which share one store, the image sets in memory and the compiled kernels.
+"""Jobs in processes of this machine, which share the store, the image sets and the compiled kernels.
 
-A signal to the caller, or to everything in its terminal, stops every run once and at a checkpoint: the processes block
-SIGINT and SIGTERM, and the caller hands on the one that it got.
+A signal to the caller, or to all processes of its terminal, stops every run once and at a checkpoint: the
+processes block SIGINT and SIGTERM, and the caller hands on the one that it got.
 """
 
+import _thread
 import os
+import queue
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import connection, get_context, parent_process, resource_tracker
-from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from multiprocessing import connection, get_context, resource_tracker
+from typing import Any
 
 import joblib
 import torch
 from tqdm.auto import tqdm
 
-from . import data, runs, train
+from . import data, tasks, train
 from .config import RunConfig, SidaeError
 
-DEATHS = 3  # of processes, after which their job counts as failed
-HANDED = {signal.SIGINT: signal.SIGUSR1, signal.SIGTERM: signal.SIGUSR2}  # the caller's signal -> a process's
-
-
-# --- in a process -----------------------------------------------------------------------------------------------------
-
-_working = threading.Lock()
-
-
-def _told(number: int, frame: Any) -> None:
-    """What the signal that is handed on would do: a loop stops after the step, all else of a job at once."""
-    asked = next(s for s, handed in HANDED.items() if handed == number)
-    train._Stop.signal = asked
-    if callable(handler := signal.getsignal(asked)):
-        handler(asked, frame)
-
-
-def _orphaned() -> None:
-    """A process whose caller is gone stops at a checkpoint and ends."""
-    parent_process().join()  # type: ignore[union-attr]
-    os.kill(os.getpid(), signal.SIGUSR2)
-    with _working:
-        os._exit(1)
-
-
-def _work(job: runs.Job, until: float | None, device: str, log: Callable) -> SidaeError | None:
-    """One job; its error if it failed or was stopped."""
-    deadline = None if until is None else time.monotonic() + until - time.time()
-    try:
-        for number in HANDED:
-            signal.signal(number, signal.default_int_handler)
-        if train._Stop.signal:  # which came before this job
-            raise KeyboardInterrupt
-        job.compute(train.device_of(device), deadline, log)
-    except SidaeError as e:
-        return e
-    except KeyboardInterrupt:
-        return _stopped(train._Stop.signal)
-    finally:
-        for number in HANDED:
-            signal.signal(number, signal.SIG_IGN)
-        torch.cuda.empty_cache()  # the GPU's memory is for all its processes
-    return None
-
-
-def _serve(pipe: connection.Connection, env: dict[str, str], device: str, sources: dict[str, str]) -> None:
-    """A process's life: a job is received, what it has to say is sent, then its error or None."""
-    os.environ.update(env)  # before torch looks for a GPU or compiles
-    data.remember(sources)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which is left behind by a kill
-    for asked, handed in HANDED.items():
-        signal.signal(asked, signal.SIG_IGN)
-        signal.signal(handed, _told)
-    threading.Thread(target=_orphaned, daemon=True).start()
-
-    def say(line: str) -> None:
-        with suppress(OSError):  # nobody listens any more; the run is kept all the same
-            pipe.send(line)
-
-    with suppress(EOFError, OSError):
-        while True:
-            job, until = pipe.recv()
-            with _working:
-                error = _work(job, until, device, say)
-            pipe.send(error)
-
-
-# --- in the caller ----------------------------------------------------------------------------------------------------
+DEATHS = 3  # of the processes that a job was given to; then it has failed
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _stopped(number: int | None) -> train.Stopped:
     return train.Stopped(f"Stopped by {signal.Signals(number).name}." if number else "Time is up.")
 
 
+def _listen(pipe: connection.Connection, jobs: queue.SimpleQueue) -> None:
+    """A process's thread: it passes jobs on, until a signal comes from the caller or the caller is gone."""
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            message = signal.SIGTERM
+        if message in SIGNALS:
+            break
+        jobs.put(message)
+    train._Stop.signal = message
+    _thread.interrupt_main(message)  # as the signal: a loop stops after the step, all else at once
+    jobs.put(None)
+
+
+def _serve(pipe: connection.Connection, env: dict[str, str], sources: dict[str, str]) -> None:
+    """The life of a process: it receives jobs; of each it sends what the job logs, then its error or None."""
+    os.environ.update(env)  # before torch looks for a GPU or compiles
+    data.remember(sources)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which outlives a killed process
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
+
+    def say(line: str) -> None:
+        with suppress(OSError):  # the caller is gone
+            pipe.send(("said", line))
+
+    with suppress(OSError, KeyboardInterrupt):
+        for job in iter(jobs.get, None):
+            try:
+                error = job.compute(say)
+            except KeyboardInterrupt:
+                error = _stopped(train._Stop.signal)
+            torch.cuda.empty_cache()  # all processes share the GPU's memory
+            pipe.send(("done", error))
+
+
 class _Process:
-    """The caller's side of a process, which is spawned for its first job and anew after it died."""
+    """The caller's side of a process. It is started for its first job, and again after it died."""
 
-    job: runs.Job | None = None
-    process: BaseProcess | None = None
+    job: tasks.Job | None = None
+    process: Any = None
 
-    def __init__(self, env: dict[str, str], device: str) -> None:
-        self.env, self.device = env, device
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
 
-    def start(self) -> None:
+    def begin(self, job: tasks.Job) -> None:
+        if not self.process:
+            self._start()
+        self.job = job
+        self.send(job)
+
+    def _start(self) -> None:
         context = get_context("spawn")  # a CUDA context does not survive a fork
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.env, self.device, data.sources()))
-        resource_tracker.ensure_running()  # to start it with the process would lift the block (Python 3.11)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDED)  # the process inherits it, each of its threads too
+        self.process = context.Process(target=_serve, args=(theirs, self.env, data.sources()))
+        resource_tracker.ensure_running()  # in Python 3.11, to start it with the process would lift the block
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the process and its threads
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
-    def begin(self, job: runs.Job, until: float | None) -> None:
-        if not self.process:
-            self.start()
-        self.job = job
-        with suppress(OSError):  # it died while it was idle, which `outcomes` sees next
-            self.pipe.send((job, until))
+    def send(self, message: Any) -> None:
+        with suppress(OSError):  # it has died, which `receive` finds
+            self.pipe.send(message)
 
-    def hand_on(self, number: int) -> None:
-        if self.process and self.process.pid:
-            os.kill(self.process.pid, HANDED[number])
-
-    def lost(self) -> str:
-        """By what it was ended, once it is gone."""
-        process = cast(BaseProcess, self.process)
-        process.join()
-        code, self.process = process.exitcode or 0, None
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    def receive(self) -> tuple[str, Any]:
+        """What it sent, or ("died", what ended it)."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code, self.process = self.process.exitcode, None
+            return "died", signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def outcomes(jobs: list[runs.Job], processes: int, *, device: str, deadline: float | None, log: Callable
-             ) -> Generator[runs.Outcome, None, None]:  # fmt: skip
-    """Runs the jobs in so many processes, which take the GPUs in turn or else divide the cores; each is yielded when it is
-    done, with its error if it failed and how many are running then.
-
-    A job starts in its turn as soon as a process is free and what it depends on is done. One whose process died goes on in
-    another, up to `DEATHS` times. After the deadline (of `time.monotonic`) or a signal nothing starts.
-    """
+def _environments(processes: int, device: str) -> list[dict[str, str]]:
+    """Those of the processes, which take the GPUs in turn or divide the cores."""
     threads = str(max(1, joblib.cpu_count() // processes))
-    env = {"SIDAE_THREADS": threads, "TQDM_DISABLE": "1",
-           "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", threads)}  # fmt: skip
+    env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
+    env |= {"SIDAE_THREADS": threads, "TQDM_DISABLE": "1"}
     gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if not gpus:
+        return [env] * processes
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    pool = [_Process(env | ({"CUDA_VISIBLE_DEVICES": names[n % gpus]} if gpus else {}), device)
-            for n in range(min(processes, len(jobs)))]  # fmt: skip
-    until = None if deadline is None else time.time() + deadline - time.monotonic()
-    waiting, broken, deaths = list(jobs), set[RunConfig](), Counter[RunConfig]()
-    told = stopped = False
+    return [env | {"CUDA_VISIBLE_DEVICES": names[n % gpus]} for n in range(processes)]
+
+
+def outcomes(jobs: list[tasks.Job], processes: int, log: Callable) -> tasks.Outcomes:
+    """Computes the jobs in so many processes; yields each that is over.
+
+    A job starts in its turn, as soon as a process is free and what it depends on is done. One whose process
+    died goes on in another, up to `DEATHS` times. After the deadline or a signal no job starts.
+    """
+    pool = [_Process(env) for env in _environments(processes, jobs[0].device)[: len(jobs)]]
+    log(f"{len(jobs)} runs in {len(pool)} processes")
+    with train._Stop().armed() as stop:
+        try:
+            yield from _outcomes(list(jobs), pool, stop, log)
+        finally:
+            for p in pool:
+                if p.process:  # it is idle; after an error here or a second signal nothing waits for its job
+                    p.process.kill()
+                    p.process.join()
+
+
+def _outcomes(waiting: list[tasks.Job], pool: list[_Process], stop: train._Stop,
+              log: Callable) -> tasks.Outcomes:  # fmt: skip
+    broken, deaths = set[RunConfig](), Counter[RunConfig]()
+    handed = False
 
     def running() -> list[_Process]:
         return [p for p in pool if p.job]
 
-    log(f"{len(jobs)} runs in {len(pool)} processes")
-    with train._Stop().armed() as stop:
-        try:
-            while waiting or running():
-                if stop.signal and not told:
-                    told = True
-                    for p in running():
-                        p.hand_on(stop.signal)
-                over = stopped or stop.signal or deadline is not None and time.monotonic() > deadline
-                unfinished = {job.run for job in waiting} | {p.job.run for p in pool if p.job}
-                for job in list(waiting):
-                    free = next((p for p in pool if not p.job), None)
-                    if error := runs.lacking(job, broken):
-                        waiting.remove(job)
-                        broken.add(job.run)
-                        yield job, error, len(running())
-                    elif free and not over and unfinished.isdisjoint(runs.dependencies(job.run)):
-                        waiting.remove(job)
-                        free.begin(job, until)
-                busy = {p.pipe: p for p in running()}
-                if over and not busy:
-                    break
-                for pipe in connection.wait(busy, 0.2):  # then the clock and the signals are looked at
-                    p = busy[pipe]  # type: ignore[index]
-                    by = ""
-                    try:
-                        said = p.pipe.recv()
-                    except (EOFError, OSError):
-                        said, by = None, p.lost()
-                    if isinstance(said, str):
-                        log(said)
-                        continue
-                    job, p.job = cast(runs.Job, p.job), None
-                    if by and stop.signal:
-                        said = _stopped(stop.signal)
-                    elif by and deaths[job.run] < DEATHS - 1:
-                        deaths[job.run] += 1
-                        log(f"The process of {job.run.method} {job.run.key()} was ended by {by}; another goes on with the run.")
-                        waiting.insert(0, job)
-                        continue
-                    elif by:
-                        said = SidaeError(f"its process was ended {DEATHS} times, at last by {by}; if the memory is full, ask "
-                                          "for fewer jobs.")  # fmt: skip
-                    if isinstance(said, train.Stopped):
-                        stopped = True
-                    elif said:
-                        broken.add(job.run)
-                    yield job, said, len(running())
-            if waiting and not stopped:
-                yield waiting[0], _stopped(stop.signal), 0
-        finally:
-            for p in pool:
-                if p.process:  # it is idle; or there is an error here, or a second signal, which waits for nothing
-                    p.process.kill()
-                    p.lost()
+    while True:
+        if not (stop.signal or waiting and waiting[0].late()):
+            unfinished = {job.run for job in [*waiting, *(p.job for p in running())]}
+            ready = [job for job in waiting if unfinished.isdisjoint(tasks.dependencies(job.run))]
+            for p, job in zip([p for p in pool if not p.job], ready):
+                waiting.remove(job)
+                p.begin(job)
+        busy: dict[Any, _Process] = {p.pipe: p for p in running()}
+        if not busy:
+            break
+        if stop.signal and not handed:
+            handed = True
+            for p in busy.values():
+                p.send(signal.Signals(stop.signal))
+        for pipe in connection.wait(busy, 0.2):  # then the clock and the signals are looked at
+            p = busy[pipe]
+            what, said = p.receive()
+            if what == "said":
+                log(said)
+                continue
+            job, p.job = p.job, None
+            name = f"{job.run.method} {job.run.key()}"
+            if what == "died" and not stop.signal and deaths[job.run] < DEATHS - 1:
+                deaths[job.run] += 1
+                log(f"The process of {name} was ended by {said}; another goes on with the run.")
+                waiting.insert(0, job)
+                continue
+            if what == "died":
+                said = _stopped(stop.signal) if stop.signal else SidaeError(
+                    f"its process was ended {DEATHS} times, at last by {said}; if the memory is full, ask "
+                    "for fewer jobs.")  # fmt: skip
+            if said and not isinstance(said, train.Stopped):
+                broken.add(job.run)
+            yield job, said, len(running())
+            for job in list(waiting):
+                if error := tasks.lacking(job, broken):
+                    waiting.remove(job)
+                    broken.add(job.run)
+                    yield job, error, len(running())
+    if waiting:
+        yield waiting[0], _stopped(stop.signal), 0

@@ -1,7 +1,7 @@
 """How many torch threads compute: as many as there are cores that nothing else uses.
 
-Threads of one process wait for one another after every operation. Where other work has one of their cores, the thread there
-is late each time, and all of them together are slower than one alone.
+The threads of one process wait for one another after every operation. Where other work uses one of their
+cores, the thread there is late each time, and all together are slower than one thread alone.
 """
 
 import os
@@ -19,28 +19,28 @@ SECONDS = 1.0  # between looks; the kernel counts in hundredths
 
 
 class Look(NamedTuple):
-    """Seconds: of the clock, and of cores, those that work of normal priority has used and those of them that were ours."""
+    """Seconds of the clock, and core seconds that other work has used so far."""
 
     clock: float
-    used: float
-    own: float
+    others: float
 
 
 def look() -> Look | None:
-    """Now, or None where the machine does not tell. Work that is nice leaves its core to ours and does not count."""
+    """Now, or None where the machine does not tell. Nice work does not count: it leaves its core to ours."""
     try:
         user, _, system = (int(v) / os.sysconf("SC_CLK_TCK") for v in STAT.read_text().split(maxsplit=4)[1:4])
     except (OSError, ValueError):
         return None
     own = os.times()
-    ours = own.system + own.children_system + (own.user + own.children_user) * (os.nice(0) <= 0)
-    return Look(time.monotonic(), user + system, ours)
+    ours = own.system + own.children_system
+    if os.nice(0) <= 0:
+        ours += own.user + own.children_user
+    return Look(time.monotonic(), user + system - ours)
 
 
 def free(before: Look, after: Look, cores: int) -> int:
     """The whole cores that others left, at least one."""
-    others = (after.used - before.used - (after.own - before.own)) / (after.clock - before.clock)
-    return max(1, round(cores - others))
+    return max(1, round(cores - (after.others - before.others) / (after.clock - before.clock)))
 
 
 def asked() -> int | None:
@@ -51,15 +51,14 @@ def asked() -> int | None:
     return int(text) if text else None
 
 
-_last = look()  # as early as can be: what happens from here to the first run shows how busy the machine is
+_last = look()  # at import: what happens until the first run shows how busy the machine is
 _free: int | None = None  # cores, as last seen
-_here = threading.local()  # most: torch's number of threads, of each Python thread, while it is ours to change
+_here = threading.local()  # most: torch's own number of threads, in each Python thread within `fitted`
 
 
 @contextmanager
 def fitted() -> Iterator[None]:
-    """Within, `fit` changes torch's number of threads; then it is as before. SIDAE_THREADS, where it is set, is that number,
-    whatever else runs."""
+    """Within, torch takes SIDAE_THREADS threads, or where that is not set those that `fit` finds."""
     import torch  # late: the first look comes before it
 
     before, fixed = torch.get_num_threads(), asked()
@@ -76,7 +75,7 @@ def fitted() -> Iterator[None]:
 
 
 def fit() -> None:
-    """Within `fitted`: as many threads as cores are free, at most torch's own number; looked at once a second."""
+    """Within `fitted`: as many threads as cores are free, at most torch's own number; seen once a second."""
     import torch
 
     global _last, _free

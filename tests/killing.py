@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from sidae_lib import __main__, data, experiments, paths, runs, train
+from sidae_lib import __main__, checkpoint, data, experiments, paths, runs, store, train
 from sidae_lib.config import EvalConfig, SidaeError
 
 
@@ -72,7 +72,7 @@ def kill_at_write(file: str, place: str) -> None:
         if place == "renamed" and Path(b).name.startswith(file):
             die()
 
-    train.open = opened
+    paths.open = opened
     os.fsync = lambda fd: die() if place == "sync" and current.startswith(f".{file}") else fsync(fd)
     os.replace = renamed
 
@@ -111,6 +111,9 @@ def steps_into(path: Path) -> None:
 
 
 def wanted(method: str, seed: int) -> list:
+    """A run of two epochs, 4 steps each, with an evaluation of both; of methods with more state one epoch alone."""
+    if method not in ("sidae", "simsiam", "dae", "supervised"):
+        return [experiments.run(method, "digits", "smoke", seed, epochs=1)]
     more = {"label_count": 250, "batch": 64, "epochs": 2} if method == "supervised" else {}
     run = experiments.run(method, "digits", "smoke", seed, **more)
     return [run, *(EvalConfig(run=run, kind="knn", epoch=e, k=5) for e in (1, 2))]
@@ -134,11 +137,11 @@ def fetch(configs) -> None:
 
 def whole(configs: list) -> list:
     """The records of a run that nothing interrupted, made in another store."""
-    store = os.environ["SIDAE_RUNS"]
-    os.environ["SIDAE_RUNS"] = store + "-whole"
+    own_store = os.environ["SIDAE_RUNS"]
+    os.environ["SIDAE_RUNS"] = own_store + "-whole"
     assert (done := fork(lambda: fetch(configs), said=True)) == (0, ""), done
-    records = [runs.find(c) for c in configs]
-    os.environ["SIDAE_RUNS"] = store
+    records = [store.find(c) for c in configs]
+    os.environ["SIDAE_RUNS"] = own_store
     return records
 
 
@@ -161,8 +164,8 @@ def killed(plan: list) -> list:
         log.open("a").write("start\n")
         code = fork(lambda: attempt("none", "none"))
         out.append({"method": method, "code": code, "hits": hits, "log": log.read_text().split("\n"),
-                    "same": bare(expected) == bare([runs.find(c) for c in configs]),
-                    "files": sorted(p.name for p in runs.folder(configs[0]).iterdir())})
+                    "same": bare(expected) == bare([store.find(c) for c in configs]),
+                    "files": sorted(p.name for p in store.folder(configs[0]).iterdir())})
     return out
 
 
@@ -232,14 +235,14 @@ def disk_full(every: int, small: bool) -> list:
                 intact = {p: p.read_bytes() for p in base.glob("*/*") if p.name != "lock"} == there
                 raise SidaeError(f"{'nothing changed' if intact else 'CHANGED'}; {e}") from None
 
-        train.write = limited
+        train.write = checkpoint.write = limited
         fetch(configs)
 
     for n in range(0, 100, every):
         code, said = fork(lambda n=n: attempt(n), said=True)
         ballast.unlink(missing_ok=True)
         again = fork(lambda: fetch(configs))
-        same = bare(expected) == bare([runs.find(c) for c in configs])
+        same = bare(expected) == bare([store.find(c) for c in configs])
         out.append({"code": code, "said": said, "again": again, "same": same})
         shutil.rmtree(base)
         if code == 0:  # there are not so many writes
@@ -282,7 +285,7 @@ def signalled() -> list:
         codes = [fork(partial(call, folder, a, number)) for a in (at, "again")]
         steps = folder / "steps-again"
         out.append({"at": at, "codes": codes, "out": (folder / f"out-{at}").read_text(),
-                    "said": (folder / f"said-{at}").read_text(), "same": bare(expected) == bare([runs.find(config)]),
+                    "said": (folder / f"said-{at}").read_text(), "same": bare(expected) == bare([store.find(config)]),
                     "again": steps.read_text().count("step") if steps.exists() else 0})
     return out
 

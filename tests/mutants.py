@@ -20,8 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Left out: what holds that the checkout is no mutant, and a time that a busy machine does not keep.
-WHOLE = "tests --ignore=tests/test_mutants.py --deselect=tests/test_environment.py::test_import_is_quick"
+WHOLE = "tests --ignore=tests/test_mutants.py"  # which holds that the checkout is no mutant
 SECONDS = {"own": 1800, "whole": 7200}  # what takes longer hangs, and is noticed
 PYTEST = """import sys, pytest, sidae_lib
 assert sidae_lib.__file__.startswith(sys.argv[1]), "an installed checkout comes first"
@@ -49,18 +48,18 @@ MUTANTS = [Mutant(*m) for m in (
 
     ("methods.temperature", "sidae_lib/methods/contrastive.py",
      "losses.info_nce(sim / self.config.tau, key,", "losses.info_nce(sim / self.config.tau**2, key,",
-     "tests/test_contrastive.py"),
+     "tests/test_three_steps.py"),
     ("methods.momentum", "sidae_lib/methods/base.py",
      "get_ema_multi_avg_fn(m)", "get_ema_multi_avg_fn(1 - m)", "tests/test_three_steps.py"),
     ("methods.step_ahead", "sidae_lib/methods/base.py",
      "(step - 1) / steps", "step / steps", "tests/test_three_steps.py"),
     # FNC finds them and removes none
     ("methods.false_negatives", "sidae_lib/methods/contrastive.py",
-     "(own, drop | found)", "(own, drop)", "tests/test_contrastive.py"),
+     "(own, drop | found, records)", "(own, drop, records)", "tests/test_three_steps.py"),
     # MoCo's keys of both views; of ordinary pairs i and j are the same
     ("methods.other_image", "sidae_lib/methods/contrastive.py",
      "torch.cat([k, k1]), torch.cat([j, i])", "torch.cat([k, k1]), torch.cat([i, j])",
-     "tests/test_contrastive.py tests/test_pairs.py"),
+     "tests/test_three_steps.py"),
 
     # the last row and column that a crop may start at
     ("augment.crop_edge", "sidae_lib/augment.py", "* (size - box + 1)).floor()", "* (size - box)).floor()",
@@ -68,7 +67,7 @@ MUTANTS = [Mutant(*m) for m in (
     # both views by the first one's list: most lists are the same
     ("augment.second_view", "sidae_lib/step.py",
      "ops = (augment.VIEWS[name].first, augment.VIEWS[name].second)[n]", "ops = augment.VIEWS[name].first",
-     "tests/test_siamese.py tests/test_metric.py::test_the_loop_is_the_reports"),
+     "tests/test_metric.py::test_the_loop_is_the_reports"),
 
     ("training.schedule", "sidae_lib/step.py",
      "math.cos(math.pi * step / steps)", "math.cos(math.pi * (step + 1) / steps)",
@@ -86,24 +85,25 @@ MUTANTS = [Mutant(*m) for m in (
      "tests/test_train.py::test_a_stopped_run_equals_one_that_was_not"),
     # the places that were drawn for the next step
     ("resume.draw_lost", "sidae_lib/methods/maps.py",
-     'self.register_buffer("place", torch.empty(len(self.pairs), 2, config.batch))',
-     'self.register_buffer("place", torch.empty(len(self.pairs), 2, config.batch), persistent=False)',
+     'self.register_buffer("place", torch.empty(len(self.comparisons), 2, c.batch))',
+     'self.register_buffer("place", torch.empty(len(self.comparisons), 2, c.batch), persistent=False)',
      "tests/test_maps.py::test_a_stopped_run_equals_one_that_was_not"),
 
     # fields that are 0 or false leave the key
     ("store.key", "sidae_lib/config.py",
-     "            if value != f.default:", "            if value and value != f.default:", "tests/test_config.py"),
-    ("store.lock", "sidae_lib/runs.py", "fcntl.flock(f, fcntl.LOCK_EX)", "fcntl.flock(f, fcntl.LOCK_SH)",
-     "tests/test_runs.py::test_who_works_on_a_run_shares_it_with_nobody"),
-    ("store.rename_first", "sidae_lib/train.py",
+     "if value != f.default and not first:", "if value and value != f.default and not first:", "tests/test_config.py"),
+    ("store.lock", "sidae_lib/store.py", "held.enter_context(FileLock(lock))", "lock.touch()",
+     "tests/test_store.py::test_who_works_on_a_run_shares_it_with_nobody"),
+    ("store.rename_first", "sidae_lib/paths.py",
      "            os.fsync(f.fileno())\n        os.replace(temporary, path)\n",
      "            os.replace(temporary, path)\n            os.fsync(f.fileno())\n",
      "tests/test_train.py::test_what_gets_its_name_is_on_the_disk_whole"),
     # processes that share a bundle look for room at the same time
-    ("store.bundle", "sidae_lib/runs.py",
-     "fcntl.flock(file, fcntl.LOCK_EX)", "pass", "tests/test_adopt.py"),
+    ("store.bundle", "sidae_lib/store.py",
+     'with alone(bundle.with_name(f".{bundle.name}.lock"), "choose another --bundle"):', "if True:",
+     "tests/test_adopt.py::test_processes_that_write_at_once_break_no_line_and_fill_no_file_over"),
 
-    ("checkpoints.seal", "sidae_lib/train.py",
+    ("checkpoints.seal", "sidae_lib/checkpoint.py",
      '            if meta.pop("seal") != sha256(packed(tensors, meta)):\n                raise ValueError\n',
      '            meta.pop("seal")\n', "tests/test_lost.py::test_damaged_files_are_named_set_aside_and_computed_again"),
     # an evaluation begins before what it evaluates is saved
@@ -112,8 +112,8 @@ MUTANTS = [Mutant(*m) for m in (
      "tests/test_until.py::test_an_evaluation_that_is_cut_off_is_all_that_is_lost"),
 
     # a split that lacks a class: the labels of those behind it move up
-    ("readers.class_lost", "sidae_lib/reader.py",
-     "np.array([c for c, _ in chosen])", "np.unique([c for c, _ in chosen], return_inverse=True)[1]", "tests/test_data.py"),
+    ("readers.class_lost", "sidae_lib/pictures.py",
+     "np.array([c for c, _ in labelled])", "np.unique([c for c, _ in labelled], return_inverse=True)[1]", "tests/test_data.py"),
     # the images that become a test split stay in the training split too
     ("readers.test_in_train", "sidae_lib/reader.py",
      'train.take(~test, "train")', 'train', "tests/test_own.py"),
@@ -121,28 +121,28 @@ MUTANTS = [Mutant(*m) for m in (
     ("readers.statistics", "sidae_lib/data.py",
      'for s in ("train", "unlabeled", "test") if s in splits)', "for s in SPLITS if s in splits)", "tests/test_data.py"),
 
-    ("evaluation.last_bin", "sidae_lib/evaluate.py",
+    ("evaluation.last_bin", "sidae_lib/portrait.py",
      "np.histogram(d[same], edges)[0]", "np.histogram(d[same], edges[:-1])[0]",
      "tests/test_metric.py::test_histograms_are_counts_over_all_pairs"),
 
-    ("claims.too_few", "sidae_lib/published.py",
-     "SEEDS = 3  #", "SEEDS = 2  #", "tests/test_published.py"),
-    ("claims.test_images", "sidae_lib/published.py",
+    ("claims.too_few", "sidae_lib/differences.py",
+     "SEEDS = 3  #", "SEEDS = 2  #", "tests/test_claims.py"),
+    ("claims.test_images", "sidae_lib/differences.py",
      "stats.norm.isf(alpha / 2) * self.images", "0 * self.images",
-     "tests/test_published.py::test_an_interval_holds_seeds_and_test_images"),
-    ("claims.uncorrected", "sidae_lib/published.py",
-     "alpha / (len(p) - k)", "alpha", "tests/test_published.py::test_holm_is_the_step_down_procedure"),
-    ("claims.direction", "sidae_lib/published.py",
-     '{"method": "dae"}, {"method": "simsiam"})', '{"method": "simsiam"}, {"method": "dae"})',
-     "tests/test_published.py tests/test_readme.py"),
+     "tests/test_claims.py::test_an_interval_holds_seeds_and_test_images"),
+    ("claims.uncorrected", "sidae_lib/differences.py",
+     "alpha / (len(p) - k)", "alpha", "tests/test_claims.py::test_holm_is_the_step_down_procedure"),
+    ("claims.direction", "sidae_lib/claims.csv",
+     "method == 'dae' > method == 'simsiam'", "method == 'simsiam' > method == 'dae'",
+     "tests/test_claims.py tests/test_readme.py"),
 
     # a run that failed counts as done
     ("grid.failure_lost", "sidae_lib/grid.py",
      "result = future.result()\n                error = result.error\n", "result = future.result()\n",
-     "tests/test_grid.py::test_a_grid_on_this_machine"),
+     "tests/test_grid.py::test_each_is_computed_once_and_equals_what_one_process_computes"),
     # a run starts beside the one that it depends on
     ("grid.too_early", "sidae_lib/processes.py",
-     "elif free and not over and unfinished.isdisjoint(runs.dependencies(job.run)):", "elif free and not over:",
+     "if unfinished.isdisjoint(tasks.dependencies(job.run))]", "]",
      "tests/test_jobs.py::test_a_run_starts_in_its_turn_when_what_it_depends_on_is_done"),
     # threads of one worker draw initial weights from one generator at the same time
     ("grid.shared_generator", "sidae_lib/step.py",
@@ -190,12 +190,7 @@ def killer(folder: Path, tests: str, seconds: float) -> str:
     """The first test that fails in the copy, or nothing. Raises RuntimeError where it cannot be told."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SIDAE_")}  # no mutant meets the real store or its data
     env |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    options = ["--all"]
-    if tests.startswith("notebooks"):  # which train what is compared, as in run_all.sh
-        options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300"]
-        env |= {f"SIDAE_{name.upper()}": str(folder.parent / name) for name in ("runs", "records", "figures")}
-        env["MPLBACKEND"] = ""  # ipykernel chooses
-    command = [sys.executable, "-c", PYTEST, folder, "-x", "-q", "-p", "no:cacheprovider", *options, *tests.split()]
+    command = [sys.executable, "-c", PYTEST, folder, "-x", "-q", "-p", "no:cacheprovider", "--all", *tests.split()]
     with open(folder.parent / "log", "w+") as log:
         p = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
         RUNNING.add(p.pid)

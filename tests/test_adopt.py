@@ -1,6 +1,5 @@
 """Records that another machine made are filed once, whole, and only where they belong."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sidae_lib import __main__, experiments, paths, runs
+from sidae_lib import __main__, adoption, experiments, paths, runs, store
 from sidae_lib.config import EvalConfig, SidaeError, digest
 
 RUN = experiments.run("sidae", "digits", "smoke")
@@ -28,10 +27,10 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def made(trained, store):
+def made(trained, own_store):
     """The configs, with what is `trained` as this test's own store, and its bundle."""
     shutil.copytree(trained / "runs", paths.runs())
-    return CONFIGS, Path(shutil.copy(trained / "bundle", store / "bundle.jsonl"))
+    return CONFIGS, Path(shutil.copy(trained / "bundle", own_store / "bundle.jsonl"))
 
 
 def test_a_bundle_holds_what_the_store_holds(made):
@@ -39,25 +38,25 @@ def test_a_bundle_holds_what_the_store_holds(made):
     lines = [json.loads(line) for line in bundle.read_text().splitlines()]
     assert [r["key"] for r in lines] == [configs[n].key() for n in (3, 2, 0, 1)]  # as each was finished
     for config in configs:
-        assert runs.find(config) in lines
+        assert store.find(config) in lines
 
 
 @pytest.mark.parametrize("way", ["bundle", "store"])
 def test_adopted_records_are_found_without_the_store(made, way):
     configs, bundle = made
-    before, said = [runs.find(c) for c in configs], []
-    new = runs.adopt(bundle if way == "bundle" else paths.runs(), log=said.append)
+    before, said = [store.find(c) for c in configs], []
+    new = adoption.adopt(bundle if way == "bundle" else paths.runs(), log=said.append)
     assert sorted(new) == sorted(c.key() for c in configs) and "4 of 4 records are new" in said[0]
     shutil.rmtree(paths.runs())
-    assert [runs.find(c) for c in configs] == before
-    assert runs.adopt(bundle, log=said.append) == [] and "0 of 4" in said[-1] and "4 there already" in said[-1]
+    assert [store.find(c) for c in configs] == before
+    assert adoption.adopt(bundle, log=said.append) == [] and "0 of 4" in said[-1] and "4 there already" in said[-1]
 
 
 def test_a_line_cut_short_is_left_out_and_said(made):
     configs, bundle = made
     bundle.write_text(bundle.read_text()[:-20])
     said = []
-    assert len(runs.adopt(bundle, log=said.append)) == 3
+    assert len(adoption.adopt(bundle, log=said.append)) == 3
     assert said[0].startswith("Line 4 of") and "no whole record" in said[0]
 
 
@@ -66,7 +65,7 @@ def test_what_is_no_record_is_left_out_and_said(made):
     _, bundle = made
     bundle.write_bytes(b"[]\n3\n{}\nnull\n\x89PNG\xff\n" + bundle.read_bytes())
     said = []
-    assert len(runs.adopt(bundle, log=said.append)) == 4
+    assert len(adoption.adopt(bundle, log=said.append)) == 4
     assert [line.split(" of ")[0] for line in said[:-1]] == [f"Line {n}" for n in range(1, 6)]
 
 
@@ -76,7 +75,7 @@ def test_a_changed_record_is_left_out(made, change):
     lines = bundle.read_text().splitlines()
     lines[0] = json.dumps(json.loads(lines[0]) | change)
     bundle.write_text("\n".join(lines))
-    assert len(runs.adopt(bundle, log=lambda line: None)) == 3
+    assert len(adoption.adopt(bundle, log=lambda line: None)) == 3
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def offer(made):
     """Adopts these records of a run, `run` and evaluations by epoch, the trained weights those of a machine; returns what is
     said, and afterwards `filed` what is filed by the machine that made it."""
     configs, bundle = made
-    records = {"run": runs.find(configs[0]), **{r["epoch"]: r for r in map(runs.find, configs[1:])}}
+    records = {"run": store.find(configs[0]), **{r["epoch"]: r for r in map(store.find, configs[1:])}}
 
     def by(record: dict, machine: str) -> dict:
         name = lambda sha: sha if machine == "a" else digest([sha, machine])  # noqa: E731
@@ -96,11 +95,11 @@ def offer(made):
     def adopt(*what, machine="a") -> str:
         said: list[str] = []
         bundle.write_text("".join(json.dumps(by(records[w], machine)) + "\n" for w in what))
-        runs.adopt(bundle, log=said.append)
+        adoption.adopt(bundle, log=said.append)
         return " ".join(said)
 
     def filed() -> dict:
-        found = list(runs.every("*", (paths.records(),)))
+        found = [{k: v for k, v in r.items() if k != "check"} for r in store.every("", store.published())]
         return {w: next((m for m in "abc" if by(records[w], m) in found), None) for w in records
                 if any(r["key"] == records[w]["key"] for r in found)}  # fmt: skip
 
@@ -136,7 +135,7 @@ def test_evaluations_that_name_two_weights_of_one_epoch_are_left_out(made):
     config = EvalConfig.from_dict(one["config"]).replace(k=7)
     other = one | {"config": config.to_dict(), "key": config.key(), "backbone": "f" * 64}
     bundle.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "check"}) + "\n" for r in (one, other)))
-    assert runs.adopt(bundle, log=lambda line: None) == []
+    assert adoption.adopt(bundle, log=lambda line: None) == []
 
 
 @pytest.mark.parametrize(("first", "then", "stays"), [
@@ -155,65 +154,51 @@ def test_of_two_machines_the_one_that_got_further_stays_whole(offer, first, then
 def test_the_command_refuses_smoke_scale_and_names_stale_figures(made, capsys):
     configs, bundle = made
     assert __main__.main(["adopt", str(bundle)]) == 0
-    assert "of smoke scale" in capsys.readouterr().out and not paths.records().exists()
+    assert "of smoke scale" in capsys.readouterr().out and not store.published()
     with pytest.raises(SidaeError, match="There is no store or bundle"):
-        runs.adopt(bundle.with_name("nothing"))
+        adoption.adopt(bundle.with_name("nothing"))
 
 
 def test_what_paper_scale_decides_was_said_before():
     """Every claim that is said to be decided is one of the board's."""
     import pandas as pd
 
-    from sidae_lib import published
-
     said = pd.read_csv(paths.ROOT / "sidae_lib" / "paper_scale.csv")
-    claims = pd.read_csv(paths.ROOT / "sidae_lib" / "claims.csv")
-    assert set(said["claim"]) <= set(claims["name"]) and set(said["claim"]) <= set(published.CLAIMS)
+    stated = pd.read_csv(paths.ROOT / "sidae_lib" / "claims.csv")
+    assert set(said["claim"]) <= set(stated["name"])
 
 
-def test_a_line_of_a_bundle_is_one_write(made, store, monkeypatch):
-    """Processes share the file: another's line may fall between two writes."""
-    (config, *_), _ = made
-    written, write, bundle = [], os.write, store / "shared.jsonl"
-    monkeypatch.setenv("SIDAE_BUNDLE", str(bundle))
-    monkeypatch.setattr(os, "write", lambda file, line: written.append(line) or write(file, line))
-    runs.keep(config, runs.find(config))
-    assert written == [bundle.read_bytes()] and written[0].endswith(b"}\n")
-
-
-def test_a_bundle_goes_on_in_another_file_before_it_is_too_large(made, store, monkeypatch):
+def test_a_bundle_goes_on_in_another_file_before_it_is_too_large(made, own_store, monkeypatch):
     """Its files are adopted together: of an unfinished run a later epoch alone could not say that it belongs."""
     by_epoch = CONFIGS[3:0:-1]
-    records = [runs.find(c) for c in by_epoch]
-    lines = [runs._line(r) for r in records]
-    monkeypatch.setenv("SIDAE_BUNDLE", str(store / "records.jsonl"))
-    monkeypatch.setattr(runs, "RECORD_BYTES", len(lines[0]) + len(lines[1]) + 2)
+    records = [store.find(c) for c in by_epoch]
+    lines = [store.as_line(r).encode() for r in records]
+    monkeypatch.setenv("SIDAE_BUNDLE", str(own_store / "records.jsonl"))
+    monkeypatch.setattr(store, "RECORD_BYTES", len(lines[0]) + len(lines[1]) + 2)
     for config, record in zip(by_epoch, records):
-        runs.keep(config, record)
-    assert (store / "records.jsonl").read_bytes() == lines[0] + b"\n" + lines[1] + b"\n"
-    assert (store / "records-2.jsonl").read_bytes() == lines[2] + b"\n"
-    assert len(runs.adopt(store / "records.jsonl", log=lambda _: None)) == 3
-    assert runs.adopt(store / "records-2.jsonl", log=lambda _: None) == []  # there already
+        store.keep(config, record)
+    assert (own_store / "records.jsonl").read_bytes() == lines[0] + b"\n" + lines[1] + b"\n"
+    assert (own_store / "records-2.jsonl").read_bytes() == lines[2] + b"\n"
+    assert len(adoption.adopt(own_store / "records.jsonl", log=lambda _: None)) == 3
+    assert adoption.adopt(own_store / "records-2.jsonl", log=lambda _: None) == []  # there already
 
 
 def test_processes_that_write_at_once_break_no_line_and_fill_no_file_over(tmp_path, monkeypatch):
     """While one looks whether there is room, and writes, the others wait."""
-    monkeypatch.setattr(runs, "RECORD_BYTES", 2**14)
+    monkeypatch.setattr(store, "RECORD_BYTES", 2**14)
     bundle, pids = tmp_path / "records.jsonl", []
-    with bundle.open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with store.alone(tmp_path / ".records.jsonl.lock", ""):
         for p in range(4):
             if pid := os.fork():
                 pids.append(pid)
                 continue
-            held.close()
             for n in range(100):
-                runs._append(bundle, b"%d" % p * (100 * n + 1) + b"\n")
+                store._append(bundle, b"%d" % p * (100 * n + 1) + b"\n")
             os._exit(0)
         time.sleep(0.3)
-        assert not bundle.stat().st_size
-        fcntl.flock(held, fcntl.LOCK_UN)
+        assert not bundle.exists()
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
-    lines = sorted("".join(f.read_text() for f in tmp_path.iterdir()).splitlines())
+    files = list(tmp_path.glob("*.jsonl"))
+    lines = sorted("".join(f.read_text() for f in files).splitlines())
     assert lines == sorted(f"{p}" * (100 * n + 1) for p in range(4) for n in range(100))
-    assert 2 <= len(list(tmp_path.iterdir())) and max(f.stat().st_size for f in tmp_path.iterdir()) <= runs.RECORD_BYTES
+    assert 2 <= len(files) and max(f.stat().st_size for f in files) <= store.RECORD_BYTES

@@ -14,7 +14,16 @@ from torchvision.transforms import RandomResizedCrop as TVRandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from sidae_lib import augment
-from sidae_lib.augment import VIEWS, ColorJitter, Flip, GaussianBlur, Greyscale, PadRotateScale, RandomResizedCrop, Solarize
+from sidae_lib.augment import (
+    FLIP,
+    GREYSCALE,
+    SOLARIZE,
+    VIEWS,
+    ColorJitter,
+    GaussianBlur,
+    PadRotateScale,
+    RandomResizedCrop,
+)
 from sidae_lib.config import SidaeError
 
 N = 1_000  # parameter sets, sample k on image k % 256
@@ -93,7 +102,7 @@ def test_crop_equals_torchvision(size):
     assert torch.allclose(crop(x, {"crop": box}), per_image(tv_crop, x, box), atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("op, reference", [(Flip(), tv_flip), (Greyscale(), tv_grey), (Solarize(), tv_solarize)])
+@pytest.mark.parametrize("op, reference", [(FLIP, tv_flip), (GREYSCALE, tv_grey), (SOLARIZE, tv_solarize)])
 def test_flip_greyscale_and_solarize_equal_torchvision(op, reference):
     x, params = colours(), op.draw(N, 32, seeded())
     expected = per_image(reference, x, params[op.name])
@@ -190,9 +199,9 @@ def test_blur_and_angle_parameters():
 
 
 def test_flip_and_greyscale_probabilities():
-    assert share_is(Flip().draw(DRAWS, 32, seeded())["flip"], 0.5)
-    assert share_is(Greyscale().draw(DRAWS, 32, seeded())["grey"], 0.2)
-    assert share_is(Solarize().draw(DRAWS, 32, seeded())["solarize"], 0.2)
+    assert share_is(FLIP.draw(DRAWS, 32, seeded())["flip"], 0.5)
+    assert share_is(GREYSCALE.draw(DRAWS, 32, seeded())["grey"], 0.2)
+    assert share_is(SOLARIZE.draw(DRAWS, 32, seeded())["solarize"], 0.2)
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
@@ -281,7 +290,7 @@ def pipeline(name, view):
     for op in (*views.first, *views.second)[: len(views.first) * view]:
         op.draw(N, 32, generator)
     (views.first, views.second)[view][0].draw(N, 32, generator)  # crop and flip come before the jitter
-    Flip().draw(N, 32, generator)
+    FLIP.draw(N, 32, generator)
     got = augment.apply((views.first, views.second)[view], x, params[view], MEAN, STD)
     return x / 255, params[view], generator, got * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)
 

@@ -1,9 +1,10 @@
-"""The batch run on small notebooks, as a process of its own in a copy of the library."""
+"""The batch run on small notebooks, and how both command lines refuse."""
 
 import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import nbformat
@@ -11,7 +12,8 @@ import pytest
 from dask.system import CPU_COUNT
 
 from sidae_lib import paths
-from sidae_lib.batch import _arguments, _jobs, _parameters, main
+from sidae_lib.__main__ import _parser
+from sidae_lib.batch import _jobs, _parameters
 from sidae_lib.config import SidaeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,30 +35,37 @@ def read(folder: Path, name: str, scale: str) -> str:
     return "".join(o.get("text", "") + o.get("ename", "") for o in outputs)
 
 
-def batch(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SIDAE_", "JUPYTER_"))}
-    env |= {"PYTHONPATH": str(folder), "MPLBACKEND": "agg"} | environment
-    return subprocess.run([sys.executable, "-P", "-m", "sidae_lib.batch", *args], env=env, cwd=folder,
-                          capture_output=True, text=True, timeout=300)
+def arguments(*args: str) -> Namespace:
+    return _parser().parse_args(["notebooks", *args])
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    folder = tmp_path / "a copy"
-    shutil.copytree(ROOT / "sidae_lib", folder / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "notebooks").mkdir()
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of its own, without notebooks, and no folder that is set elsewhere."""
+    folder = tmp_path / "a project"
+    (folder / "notebooks").mkdir(parents=True)
+    monkeypatch.setattr(paths, "ROOT", folder)
+    monkeypatch.chdir(folder)
+    for name in [name for name in os.environ if name.startswith(("SIDAE_", "JUPYTER_"))]:
+        monkeypatch.delenv(name)
     return folder
 
 
 @pytest.mark.slow
-def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(copy):
-    write(copy, "00_raises", "import sys", "print('noise', file=sys.stderr); 1 / 0", "print('never')")
-    write(copy, "01_dies", "import os", "os._exit(1)")
-    write(copy, "02_hangs", "import time; time.sleep(600)")
-    write(copy, "03_works", "import os, sidae_lib; from sidae_lib import paths",
-          "print(scale, seeds, device, sidae_lib.__file__, os.environ['MPLBACKEND'], os.listdir(paths.runs()))")
-    (copy / "runs" / "0123456789abcdef").mkdir(parents=True)
-    done = batch(copy, "--cell-seconds", "3")
+def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(project):
+    """As a process, in a copy of the library. A narrow network is trained in a process per core."""
+    shutil.copytree(ROOT / "sidae_lib", project / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    write(project, "00_raises", "import sys", "print('noise', file=sys.stderr); 1 / 0", "print('never')")
+    write(project, "01_dies", "import os", "os._exit(1)")
+    write(project, "02_hangs", "import time; time.sleep(600)")
+    write(project, "03_works", "import os, sidae_lib; from sidae_lib import paths",
+          "print(scale, seeds, device, sidae_lib.__file__, os.environ['MPLBACKEND'], os.listdir(paths.runs()))",
+          "address = os.environ.get('SIDAE_SCHEDULER')",
+          "from distributed import Client; print('workers:', len(Client(address).nthreads()) if address else 1)")
+    (project / "runs" / "0123456789abcdef").mkdir(parents=True)
+    command = [sys.executable, "-P", "-m", "sidae_lib", "notebooks", "--device", "cpu", "--cell-seconds", "5"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(project), "MPLBACKEND": "agg"}, cwd=project,
+                          capture_output=True, text=True, timeout=300)
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and done.stderr == "", done.stderr
     for line, name, result in zip(lines, ("00_raises", "01_dies", "02_hangs", "03_works"),
@@ -64,103 +73,87 @@ def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(copy):
                                    "FAILED  CellTimeoutError", "ok"), strict=False):
         assert line.startswith(name) and result in line
     assert lines[4].startswith("1 of 4 notebooks ran") and "00_raises, 01_dies, 02_hangs" in lines[5]
-    index = copy / "figures" / "quick" / "index.html"
+    index = project / "figures" / "quick" / "index.html"
     assert lines[-1] == f"Figures: {index}" and index.exists()
-    assert "ZeroDivisionError" in read(copy, "00_raises", "quick") and "never" not in read(copy, "00_raises", "quick")
-    shown = read(copy, "03_works", "quick")
-    assert shown.startswith("quick [] auto ")  # []: the scale's own seeds
-    assert str(copy / "sidae_lib") in shown and "inline" in shown and "0123456789abcdef" in shown
-    html = [(copy / "executed" / "quick" / f"{n}.html").read_text() for n in ("00_raises", "03_works")]
-    assert "ZeroDivisionError" in html[0] and str(copy) in html[1]
+    raised, shown = read(project, "00_raises", "quick"), read(project, "03_works", "quick")
+    assert "ZeroDivisionError" in raised and "never" not in raised
+    assert shown.startswith("quick [] cpu ")  # []: the scale's own seeds
+    assert str(project / "sidae_lib") in shown and "inline" in shown and "0123456789abcdef" in shown
+    assert shown.endswith(f"workers: {min(CPU_COUNT, 4)}\n")
+    html = [(project / "executed" / "quick" / f"{n}.html").read_text() for n in ("00_raises", "03_works")]
+    assert "ZeroDivisionError" in html[0] and str(project) in html[1]
 
 
 @pytest.mark.slow
-def test_every_parameter_arrives(copy, tmp_path):
-    show = ("import os, sys; print(scale, seeds, device, minutes > 1, extra, sys.executable)",
-            "print(os.environ['SIDAE_DATA'], os.environ['SIDAE_BUNDLE'], os.environ['SIDAE_DOWNLOAD'], os.getcwd())")
-    write(copy, "00_show", *show, parameters=PARAMETERS + "extra: list = []\n")
-    write(copy, "01_w_sweep", "print(scale, seeds)")
-    (copy / "images").mkdir()
-    other = tmp_path / "jupyter" / "kernels" / "python3"  # another interpreter that calls itself python3
-    other.mkdir(parents=True)
-    (other / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "", "language": "python"}')
-    done = batch(copy, "--scale", "laptop", "--data", "images", "--device", "cpu", "--seeds", "3", "--minutes", "9",
-                 "--download", "-p", "extra", "['images', 1]", JUPYTER_PATH=str(tmp_path / "jupyter"), SIDAE_BUNDLE="all.jsonl")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert read(copy, "00_show", "laptop") == (f"laptop [0, 1, 2] cpu True ['{copy}/images', 1] {sys.executable}\n"
-                                               f"{copy}/images {copy}/all.jsonl 1 {copy}/notebooks\n")
-    assert read(copy, "01_w_sweep", "laptop") == "laptop [0, 1, 2]\n"
-    assert batch(copy, "--scale", "smoke", "--only", "w_sweep").returncode == 0
-    assert read(copy, "01_w_sweep", "smoke") == "smoke [0]\n"  # the notebook's own default
-    assert not (copy / "executed" / "smoke" / "00_show.ipynb").exists()
-
-
-@pytest.mark.slow
-def test_narrow_networks_are_trained_in_a_process_per_core(copy):
-    write(copy, "00_show", "import os; address = os.environ.get('SIDAE_SCHEDULER')",
-          "from distributed import Client; print(len(Client(address).nthreads()) if address else 'here')")  # fmt: skip
-    done = batch(copy, "--device", "cpu")
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert read(copy, "00_show", "quick") == (f"{min(CPU_COUNT, 4)}\n" if CPU_COUNT > 1 else "here\n")
-
-
-def test_how_many_processes_train():
-    jobs = [_jobs(_arguments([*a.split(), "--device", "cpu"])) for a in ("", "--jobs 1", "--jobs 3", "--scale smoke")]
-    assert jobs == [min(CPU_COUNT, 4), 1, 3, 1]
-
-
-@pytest.mark.slow
-def test_fresh_hides_the_records_and_deletes_nothing(copy):
-    write(copy, "00_show", "from sidae_lib import paths",
-          "for folder in (paths.runs(), paths.records()): print(folder.is_dir(), list(folder.iterdir()), folder)")
-    recorded = [copy / name / "0123456789abcdef" / "record.json" for name in ("runs", "records")]
+def test_every_parameter_arrives(project, tmp_path, cli, monkeypatch):
+    """And a fresh store hides what is recorded, and deletes nothing."""
+    write(project, "00_show", "import os, sys; print(scale, seeds, device, minutes > 1, extra, sys.executable)",
+          "for name in ('DATA', 'DOWNLOAD', 'RUNS', 'RECORDS'): print(os.environ[f'SIDAE_{name}'])",
+          "print(os.getcwd(), *(os.listdir(os.environ[f'SIDAE_{n}']) for n in ('RUNS', 'RECORDS')))",
+          parameters=PARAMETERS + "extra: list = []\n")
+    write(project, "01_w_sweep", "print(scale, seeds)")
+    recorded = [project / name / "0123456789abcdef" / "record.json" for name in ("images", "runs", "records")]
     for record in recorded:
         record.parent.mkdir(parents=True)
         record.write_text("{}")
-    assert batch(copy, "--fresh").returncode == 0
-    shown = read(copy, "00_show", "quick")
-    assert shown.count("True []") == 2 and f"{copy / 'runs' / 'fresh-'}" in shown
+    other = tmp_path / "jupyter" / "kernels" / "python3"  # another interpreter that calls itself python3
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    done = cli("notebooks", "laptop", "--data", "images", "--device", "cpu", "--seeds", "3", "--minutes", "9", "--jobs", "1",
+               "--download", "--fresh", "-p", "extra", "['images', 1]")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, data, download, runs, records, last = read(project, "00_show", "laptop").splitlines()
+    assert first == f"laptop [0, 1, 2] cpu True ['{project}/images', 1] {sys.executable}"
+    assert (data, download) == (f"{project}/images", "1") and last == f"{project}/notebooks [] []"
+    assert runs.startswith(f"{project}/runs/fresh-") and records == f"{runs}-no-records"
     assert all(record.read_text() == "{}" for record in recorded)
+    assert read(project, "01_w_sweep", "laptop") == "laptop [0, 1, 2]\n"
+    assert cli("notebooks", "--only", "w_sweep", "smoke").returncode == 0
+    assert read(project, "01_w_sweep", "smoke") == "smoke [0]\n"  # the notebook's own default
+    assert not (project / "executed" / "smoke" / "00_show.ipynb").exists()
 
 
-def test_refuses_before_anything_runs(copy, monkeypatch):
-    monkeypatch.setattr(paths, "ROOT", copy)
+def test_how_many_processes_train():
+    jobs = [_jobs(arguments(*a.split(), "--device", "cpu")) for a in ("", "--jobs 1", "--jobs 3", "smoke")]
+    assert jobs == [min(CPU_COUNT, 4), 1, 3, 1]
 
+
+def test_refuses_before_anything_runs(project, cli):
     def refused(words: str, *args: str) -> None:
-        with pytest.raises(SidaeError) as e:
-            main(args)
-        assert "\n" not in str(e.value) and all(word in str(e.value) for word in words.split()), e.value
+        said = cli("notebooks", *args)
+        assert (said.returncode, said.stdout) == (2, "") and said.stderr.count("\n") == 1
+        assert all(word in said.stderr for word in words.split()), said.stderr
 
     refused("notebooks checkout")
-    write(copy, "00_first", parameters=PARAMETERS + "datasets: list = []\n")
-    write(copy, "01_second")
-    refused("huge smoke paper", "--scale", "huge")
-    refused("tpu cuda", "--device", "tpu")
+    write(project, "00_first", parameters=PARAMETERS + "datasets: list = []\n")
+    write(project, "01_second")
     refused("99 00_first 01_second", "--only", "00,99")
     refused("dataset datasets minutes", "-p", "dataset", "mnist")
-    refused("--seeds 0", "--seeds", "0")
-    refused("--minutes", "--minutes", "0")
-    refused("nowhere", "--data", "nowhere")
-    refused("--no-such-option", "--no-such-option")
-    write(copy, "02_third", parameters='scale: str = "smoke"\ndevice: str = "auto"\n')
+    write(project, "02_third", parameters='scale: str = "smoke"\ndevice: str = "auto"\n')
     refused("02_third seeds")
-    (copy / "notebooks" / "02_third.ipynb").unlink()
-    assert sorted(p.name for p in copy.iterdir()) == ["notebooks", "sidae_lib"]  # nothing was written
-    (copy / "executed").write_text("a file where the folder should be")
-    refused("executed")
-    (copy / "executed").unlink()
-    (copy / "figures").write_text("a file where the folder should be")
-    refused("figures")
-    assert [p.name for p in (copy / "executed").rglob("*")] == ["quick"]
+    (project / "notebooks" / "02_third.ipynb").unlink()
+    assert [p.name for p in project.iterdir()] == ["notebooks"]  # nothing was written
+    for taken in ("executed", "figures"):
+        (project / taken).write_text("a file where the folder should be")
+        refused(taken)
+        (project / taken).unlink()
+    assert [p.name for p in (project / "executed").rglob("*")] == ["quick"]
 
 
-@pytest.mark.parametrize("option", ["--seeds", "--minutes", "--jobs"])
-@pytest.mark.parametrize("value", ["0", "-1"])
-def test_both_command_lines_refuse_the_same_in_the_same_words(option, value, cli):
-    with pytest.raises(SidaeError, match=f"^{option} must be above 0, not {value}\\.$") as e:
-        main([option, value])
-    done = cli("run", "tsne", "--scale", "smoke", option, value)
-    assert (done.returncode, done.stderr) == (2, f"error: {e.value}\n")
+@pytest.mark.parametrize("command", ["notebooks", "run tsne"])
+@pytest.mark.parametrize(("args", "sentence"), [
+    *((f"{option} {value}", f"{option} must be above 0, not {value}.") for option in ("--seeds", "--minutes", "--jobs")
+      for value in ("0", "-1")),
+    ("--data nowhere", "--data nowhere is not a folder; name the one that holds the image sets."),
+    *((args, f"{said}; --help lists what is known.") for args, said in (
+        ("--no-such-option", "unrecognized arguments: --no-such-option"), ("--seed=1", "unrecognized arguments: --seed=1"),
+        ("--seeds", "argument --seeds: expected one argument"), ("--seeds x", "argument --seeds: invalid int value: x"),
+        ("--device tpu", "argument --device: invalid choice: tpu (choose from auto, cpu, cuda)"))),
+])  # fmt: skip
+def test_both_command_lines_refuse_the_same_in_the_same_words(command, args, sentence, cli):
+    done = cli(*command.split(), *args.split())
+    assert (done.returncode, done.stdout, done.stderr.replace("'", "")) == (2, "", f"error: {sentence}\n")
 
 
 @pytest.mark.parametrize(("name", "text", "value"), [
@@ -180,7 +173,7 @@ def test_a_parameter_is_of_the_type_that_the_notebook_declares(name, text, value
     own = ("datasets: list = []", "extra: list = []", 'images: str = "x"', "labels: int = 3", "compute: bool = True", "any = 0")
     write(tmp_path, "00_first", parameters="\n".join((PARAMETERS, *own)))
     notebook = tmp_path / "notebooks" / "00_first.ipynb"
-    args = _arguments(["--scale", "smoke", "-p", name, text])
+    args = arguments("smoke", "-p", name, text)
     if isinstance(value, str) and value.startswith(f"{name} must"):
         with pytest.raises(SidaeError) as e:
             _parameters(args, [notebook])
@@ -211,6 +204,6 @@ def test_a_path_is_the_callers(name, text, value, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDAE_DATA", "data")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     notebook = tmp_path / "notebooks" / "00_first.ipynb"
-    given = _parameters(_arguments(["-p", name, text]), [notebook])[notebook][name]
+    given = _parameters(arguments("-p", name, text), [notebook])[notebook][name]
     expected = [v.replace("@", str(tmp_path)) for v in ([value] if isinstance(value, str) else value)]
     assert (given if isinstance(value, list) else [given]) == expected

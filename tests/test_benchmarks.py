@@ -1,9 +1,7 @@
 """The benchmark runs, takes turns, and counts the arithmetic of a step as one does by hand."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sidae_lib import check_gpu, experiments, networks, runs, train
+from sidae_lib import check_gpu, experiments, small_maps, store, train
 from sidae_lib.config import EvalConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,22 +24,21 @@ def benchmarks(monkeypatch):
     return SimpleNamespace(main=__main__.main, contenders=contenders, timing=timing)
 
 
-def test_command(tmp_path):
+def test_command(benchmarks, tmp_path, capsys):
     arguments = "--quick --only floor,augment --repeats 1 --device cpu --out".split()
-    command = [sys.executable, "-m", "benchmarks", *arguments, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert benchmarks.main([*arguments, str(tmp_path)]) == 0
+    said = capsys.readouterr().out
     tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("floor", "augment")}
     assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(tables)
     for name, table in tables.items():
-        assert name in done.stdout
+        assert name in said
         assert {"what", "unit", "median", "spread", "n", "hardware", "cores", "torch", "threads"} <= set(table)
         assert (table["median"] > 0).all() and (table["n"] == 1).all() and (table["spread"] == 0).all()
         assert set(table["torch"]) == {torch.__version__} and set(table["threads"]) == {1}
 
     views = tables["augment"].set_index("what")
     assert ("kornia" in views.index) == (find_spec("kornia") is not None)
-    assert ("kornia is left out: kornia is not installed" in done.stdout) == (find_spec("kornia") is None)
+    assert ("kornia is left out: kornia is not installed" in said) == (find_spec("kornia") is None)
     rivals = views.drop("ours")
     assert (rivals["ratio"] * views["median"]["ours"]).tolist() == pytest.approx(rivals["median"].tolist())
 
@@ -119,22 +116,22 @@ def test_arithmetic_of_the_papers_network(benchmarks):
 
 def test_torchs_layers_are_a_switch(benchmarks):
     """Behind it the paper's network runs torch's convolutions, bit for bit; the rule comes back, also after an error."""
-    rule, c = networks.multiplied, benchmarks.contenders
-    conv, x = networks.Conv(8, 8, 3, 1, 1, bias=False), torch.randn(64, 8, 1, 1, generator=torch.Generator().manual_seed(0))
+    rule, c = small_maps.multiplied, benchmarks.contenders
+    conv, x = small_maps.Conv(8, 8, 3, 1, 1, bias=False), torch.randn(64, 8, 1, 1, generator=torch.Generator().manual_seed(0))
     asked = []
 
     def build():
-        asked.append(networks.multiplied(1, 1, 3, x.dtype, "cpu"))
-        return lambda: asked.append(networks.multiplied(1, 1, 3, x.dtype, "cpu")) or conv(x)
+        asked.append(small_maps.multiplied(1, 1, 3, x.dtype, "cpu"))
+        return lambda: asked.append(small_maps.multiplied(1, 1, 3, x.dtype, "cpu")) or conv(x)
 
     repeat = c.torchs(build)
     for _ in range(2):
         assert torch.equal(repeat(), torch.nn.functional.conv2d(x, conv.weight, None, 1, 1))
-        assert networks.multiplied is rule
+        assert small_maps.multiplied is rule
     assert asked == [False] * 3
     with pytest.raises(ZeroDivisionError):
         c.torchs(lambda: 1 / 0)
-    assert networks.multiplied is rule and rule(1, 1, 3, x.dtype, "cpu")
+    assert small_maps.multiplied is rule and rule(1, 1, 3, x.dtype, "cpu")
 
 
 def test_the_pages_results_are_the_committed_tables(benchmarks):
@@ -174,11 +171,13 @@ def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import devices
 
-    for store, device, accuracy in (("a", "one", [50.0, 60.0, 70.0]), ("b", "other", [50.25, 59.0, 70.5]), ("c", "one", [0.0])):
-        monkeypatch.setenv("SIDAE_RUNS", str(tmp_path / store))
+    stores = {"a": ("one", [50.0, 60.0, 70.0]), "b": ("other", [50.25, 59.0, 70.5]), "c": ("one", [0.0])}
+    for name, (device, accuracy) in stores.items():
+        monkeypatch.setenv("SIDAE_RUNS", str(tmp_path / name))
         for n, value in enumerate(accuracy):  # the third of "b" has another key, which no column of the table shows
-            c = EvalConfig(run=experiments.run("untrained", "digits", "smoke", seed=n), label_seed=int((store, n) == ("b", 2)))
-            runs.keep(c, {
+            run = experiments.run("untrained", "digits", "smoke", seed=n)
+            c = EvalConfig(run=run, label_seed=int((name, n) == ("b", 2)))
+            store.keep(c, {
                 "config": c.to_dict(), "run_key": c.run.key(), "key": c.key(), "epoch": 0, "kind": "linear", "n_train": 1437,
                 "n_test": 360, "data": {"name": "digits", "display": "digits"}, "accuracy": value,
                 "provenance": {"device": device, "threads": 1}})  # fmt: skip
@@ -189,11 +188,10 @@ def test_devices_compares_what_both_stores_have(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_check_gpu_runs_at_toy_size(tmp_path):
+def test_check_gpu_runs_at_toy_size(tmp_path, monkeypatch, cli):
     """Every mode of a CPU, then the last in two and in three processes; the same path as on a GPU, without a graph."""
-    command = [sys.executable, "-m", "sidae_lib", "check-gpu", "--seconds", "1", "--device", "cpu", "--out"]
-    done = subprocess.run([*command, str(tmp_path / "step.csv")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)  # fmt: skip
+    monkeypatch.setattr(check_gpu, "get_context", lambda _: get_context("fork"))  # or each process imports torch anew
+    done = cli("check-gpu", "--seconds", "1", "--device", "cpu", "--out", str(tmp_path / "step.csv"))
     assert done.returncode == 0, done.stderr
     first, *lines = done.stdout.splitlines()
     assert "rehearsal at toy size" in first and "measures nothing" in first

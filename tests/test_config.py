@@ -193,7 +193,7 @@ BAD = [
     ({"augment": {}}, "augment must be str"), ({"data": 1}, "data must be str"), ({"decay_bias": 1}, "decay_bias"),
     ({"w": float("nan")}, "w must be a finite number"), ({"lr": float("inf")}, "lr must be a finite number"),
     ({"weight_decay": 10**400}, "weight_decay must be a finite number"), ({"w": 1.0001}, "w must lie in [0, 1]"),
-    ({"w": -0.1}, "[0, 1]"), ({"labels": 0}, "labels is a fraction in (0, 1]"), ({"labels": -0.1}, "(0, 1]"),
+    ({"w": -0.1}, "[0, 1]"), ({"labels": 0}, "labels must lie in (0, 1]"), ({"labels": -0.1}, "(0, 1]"),
     ({"labels": 1.1}, "(0, 1]"), ({"label_count": -1}, "label_count"), ({"labels": 0.5, "label_count": 9}, "give one"),
     ({"batch": 1}, "batch must be at least 2"), ({"batch": 0}, "batch"), ({"epochs": -1}, "must not be negative"),
     ({"pool": -1}, "pool"), ({"weight_decay": -1e-9}, "weight_decay"), ({"seed": -1}, "seed"), ({"seed": 2**32}, "2"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pytest import approx
 from torch import nn
 
-from sidae_lib import data, experiments, figures, losses, networks, train
+from sidae_lib import data, experiments, figures, frames, losses, networks, train
 from sidae_lib.config import SidaeError
 from sidae_lib.step import lr_at
 
@@ -66,7 +66,7 @@ def nothing(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*collapsed")
 def test_a_run_made_to_fail_is_told(break_it, says, not_says, tmp_path, monkeypatch):
     config, images = break_it(monkeypatch)
-    text = " ".join(figures.findings(trained(config, tmp_path, images)))
+    text = " ".join(frames.findings(trained(config, tmp_path, images)))
     assert all(s in text for s in says) and not any(s in text for s in not_says), text
     assert "not to be expected with epochs" in text and "batch 64 for 512" in text
 
@@ -75,7 +75,7 @@ def test_a_run_made_to_fail_is_told(break_it, says, not_says, tmp_path, monkeypa
 @pytest.mark.parametrize("method", ["sidae", "simsiam"])
 def test_a_longer_run_is_not_called_collapsed(method, tmp_path):
     record = trained(experiments.run(method, "photos", "smoke", epochs=12, pool=1024), tmp_path)
-    text = " ".join(figures.findings(record))
+    text = " ".join(frames.findings(record))
     assert "Collapse" not in text and "alike" not in text, text
 
 
@@ -163,7 +163,7 @@ def test_a_set_without_labels_has_no_neighbours_to_count(tmp_path):
     split = replace(images.splits["train"], labels=None)
     record = trained(simsiam(epochs=2), tmp_path, replace(images, splits={"train": split}))
     assert "knn" not in record["untrained"] and not any("knn" in e for e in record["epochs"])
-    assert figures.findings(record) and len(figures.diagnose(record).axes[5].lines) == 0
+    assert frames.findings(record) and len(figures.diagnose(record).axes[5].lines) == 0
 
 
 def test_the_figure_shows_what_the_record_holds(tmp_path):
@@ -175,7 +175,7 @@ def test_the_figure_shows_what_the_record_holds(tmp_path):
     (ax,) = (a for a in axes if a.get_title().startswith("loss"))
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["l_si", "l_dae", "loss"]
     (ax,) = (a for a in axes if a.get_title().startswith("nearest"))
-    assert ax.lines[1].get_ydata()[0] == record["untrained"]["knn"]
+    assert ax.lines[-1].get_ydata()[0] == record["untrained"]["knn"]
 
 
 def test_an_older_record_or_an_untrained_one_is_a_sentence(tmp_path):

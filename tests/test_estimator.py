@@ -153,7 +153,7 @@ def test_width(width, features):
 
 
 @pytest.mark.parametrize(("change", "shape", "word"), [
-    ({}, (9, 8, 8, 2), r"not \(9, 8, 8, 2\)"), ({}, (9, 8, 8, 3, 1), "X must be"), ({}, (9, 3, 8, 1), "reads as"),
+    ({}, (9, 8, 8, 2), r"not \(9, 8, 8, 2\)"), ({}, (9, 8, 8, 3, 1), "X must be"), ({}, (9, 3, 8, 1), "N x C x H x W;"),
     ({}, (1, 8, 8), "minimum of 2"),
     ({"method": "simclear"}, (9, 8, 8), "Unknown method"), ({"w": 2.0}, (9, 8, 8), "w must lie in"),
     ({"augment": "nothing"}, (9, 8, 8), "Unknown augmentation"),
@@ -197,8 +197,8 @@ def test_grey_and_colour_may_follow_one_another(coloured, fitted):
 
 ONE = COLOUR[0]
 WRONG = {
-    "both readings": (COLOUR[:, :3, :3], r"X is \(12, 3, 3, 3\), which reads as \(N, H, W, 3\) and as \(N, 3, H, W\); give"),
-    "of one line": (COLOUR[:, :1], r"X is \(12, 1, 9, 3\), which reads as \(N, H, W, 3\) and as \(N, 1, H, W\); give"),
+    "both readings": (COLOUR[:, :3, :3], "X has images of shape 12 x 3 x 3 x 3, which can be"),
+    "of one line": (COLOUR[:, :1], "X has images of shape 12 x 1 x 9 x 3, which can be"),
     "one image": (ONE, r"X is \(10, 9, 3\), .* one image with channels as \(1, 10, 9, 3\)\."),
     "one grey image": (ONE[..., 0], r"X is \(10, 9\), not images, .* give images, one alone as N = 1\."),
     "rows": (COLOUR.reshape(12, -1), r"X is \(12, 270\), not images, .* fitted on images of "),

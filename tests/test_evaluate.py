@@ -24,7 +24,7 @@ from test_step import Waits
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from sidae_lib import data, evaluate, experiments, figures, networks, pairs, published, train
+from sidae_lib import data, differences, evaluate, experiments, figures, frames, networks, pairs, portrait, probes, train
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, epoch_seed
 from sidae_lib.data import Images, Split, subset
 from sidae_lib.step import batches
@@ -138,7 +138,7 @@ def test_linear_probe_is_a_slow_loop(changes, images, weights):
     predicted = (embedded(net, test.images, *stats) @ weight.T + bias).argmax(1)
     record = measure(images, weights, **changes)
     assert record["confusion"] == counted(predicted, test.labels)
-    fc = evaluate._fit(c, y[rows], 3, net.out_features, lambda r, _: embedded(net, x[rows][r], *stats))
+    fc = probes.fit(c, y[rows], 3, net.out_features, lambda r, _: embedded(net, x[rows][r], *stats))
     assert torch.allclose(fc.weight, weight, atol=1e-5) and torch.allclose(fc.bias, bias, atol=1e-5)
 
 
@@ -146,8 +146,8 @@ def test_uncached_features_give_the_same_probe(images, weights):
     c, net, train_set, test = config(), networks.load(weights), images.split("train"), images.split("test")
     stats = net.mean, net.std
     x = embedded(net, train_set.images, *stats)
-    cached = evaluate._fit(c, train_set.labels, 3, net.out_features, lambda rows, _: x[rows])
-    uncached = evaluate._fit_network(c, net, train_set.images, train_set.labels, 3, stats)
+    cached = probes.fit(c, train_set.labels, 3, net.out_features, lambda rows, _: x[rows])
+    uncached = probes.through_network(c, net, train_set.images, train_set.labels, 3, stats)
     assert torch.allclose(uncached[1].weight, cached.weight, atol=1e-5)
     assert torch.allclose(uncached[1].bias, cached.bias, atol=1e-5)
     predicted = evaluate.features(uncached, test.images, stats=stats, device=CPU).argmax(1)
@@ -173,7 +173,7 @@ def test_number_of_steps(n, keep_last, sizes):
         seen.append(rows)
         return x[rows]
 
-    evaluate._fit(EvalConfig(run=RUN, keep_last=keep_last), y, 3, 2, embed)
+    probes.fit(EvalConfig(run=RUN, keep_last=keep_last), y, 3, 2, embed)
     assert [len(rows) for rows in seen] == sizes * 50
     first = torch.cat(seen[: len(sizes)])
     assert len(set(first.tolist())) == len(first) == sum(sizes)  # an image once an epoch at most
@@ -189,7 +189,7 @@ def test_every_seed_and_epoch_has_an_order_of_its_own():
 
     def first_batch(seed):
         rows, y = [], torch.arange(40) % 3
-        evaluate._fit(config(seed=seed, fit_epochs=1), y, 3, 1, lambda r, _: rows.append(r) or torch.zeros(len(r), 1))
+        probes.fit(config(seed=seed, fit_epochs=1), y, 3, 1, lambda r, _: rows.append(r) or torch.zeros(len(r), 1))
         return rows[0].tolist()
 
     assert first_batch(0) == first_batch(0) != first_batch(1)
@@ -219,12 +219,12 @@ def test_knn_of_hand_placed_points():
     labels, x = torch.tensor([0, 1, 1, 2, 2]), torch.tensor([[5.0, 0.0], [-0.01, 0.0], [0.0, 1.0]])
 
     def vote(k, tau):
-        return evaluate.knn(x, bank, labels, 3, k=k, tau=tau).argmax(1).tolist()
+        return probes.knn(x, bank, labels, 3, k=k, tau=tau).argmax(1).tolist()
 
     assert vote(1, 0.1) == [0, 2, 1]  # the nearest alone; lengths do not count
     assert vote(3, 10) == [1, 2, 1]  # a majority
     assert vote(3, 0.01) == vote(99, 0.0005) == [0, 2, 1]  # a low temperature: the nearest again
-    scores = evaluate.knn(x, bank, labels, 3, k=99, tau=0.0005)
+    scores = probes.knn(x, bank, labels, 3, k=99, tau=0.0005)
     assert scores.isfinite().all() and (scores.max(1).values >= 1).all()
 
 
@@ -233,7 +233,7 @@ def test_knn_is_a_loop(k, tau):
     g = torch.Generator().manual_seed(0)
     x, bank = torch.randn(20, 5, generator=g), torch.randn(30, 5, generator=g)
     labels = torch.randint(0, 3, (30,), generator=g)
-    scores = evaluate.knn(x, bank, labels, 3, k=k, tau=tau)
+    scores = probes.knn(x, bank, labels, 3, k=k, tau=tau)
     assert torch.allclose(scores / scores.sum(1, keepdim=True), slow_knn(x, bank, labels, k, tau), atol=1e-5)
 
 
@@ -243,14 +243,14 @@ def test_features_of_any_type_are_taken(dtype):
     g = torch.Generator().manual_seed(0)
     x, bank = ((3 * torch.randn(n, 5, generator=g)).to(dtype) for n in (20, 30))
     labels, wide = torch.arange(30) % 3, torch.float64 if dtype == torch.float64 else torch.float32
-    scores = evaluate.knn(x, bank, labels, 3, k=7, tau=0.5)
-    assert scores.dtype == wide and torch.equal(scores, evaluate.knn(x.to(wide), bank.to(wide), labels, 3, k=7, tau=0.5))
+    scores = probes.knn(x, bank, labels, 3, k=7, tau=0.5)
+    assert scores.dtype == wide and torch.equal(scores, probes.knn(x.to(wide), bank.to(wide), labels, 3, k=7, tau=0.5))
     assert torch.allclose(scores.float() / scores.float().sum(1, keepdim=True),
                           slow_knn(x.to(wide), bank.to(wide), labels, 7, 0.5), atol=1e-5)
-    assert evaluate.knn(x, bank.double(), labels, 3, k=7, tau=0.5).dtype == torch.float64
-    assert torch.equal(evaluate.logistic(bank, labels, x), evaluate.logistic(bank.to(wide), labels, x.to(wide)))
+    assert probes.knn(x, bank.double(), labels, 3, k=7, tau=0.5).dtype == torch.float64
+    assert torch.equal(probes.logistic(bank, labels, x), probes.logistic(bank.to(wide), labels, x.to(wide)))
     c = config(kind="tsne", perplexity=5.0)
-    assert evaluate.picture(c, x, bank) == evaluate.picture(c, x.to(wide), bank.to(wide))
+    assert portrait.picture(c, x, bank) == portrait.picture(c, x.to(wide), bank.to(wide))
     found = [pairs.mine(b, k=30, low=-1, high=1, count=9) for b in (bank, bank.to(wide))]
     assert all(torch.equal(own, same) for own, same in zip(*found))
 
@@ -291,7 +291,7 @@ def test_fine_tuning_is_a_plain_loop(changes, images, weights):
             optimizer.step()
             if c.schedule == "cosine":
                 decay.step()
-    tuned = evaluate._fit_network(c, net, train_set.images, y, 3, stats)
+    tuned = probes.through_network(c, net, train_set.images, y, 3, stats)
     for (k, a), b in zip(tuned.state_dict().items(), nn.Sequential(mine, fc).state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), k
     assert not tuned.training
@@ -321,7 +321,7 @@ def test_a_changed_backbone_is_caught(images, weights, monkeypatch):
 def test_fine_tuning_moves_weights_a_frozen_probe_none_and_bn_train_the_statistics(images, weights):
     def moved(**changes):
         net, split = networks.load(weights), images.split("train")
-        model = evaluate._fit_network(config(**changes), net, split.images, split.labels, 3, (net.mean, net.std))
+        model = probes.through_network(config(**changes), net, split.images, split.labels, 3, (net.mean, net.std))
         old = networks.load(weights).state_dict()
         return {k.split(".")[-1] for k, v in model[0].state_dict().items() if not torch.equal(v, old[k])}
 
@@ -338,7 +338,7 @@ def test_augmented_probe_draws_anew_each_epoch(images, weights):
     assert again["confusion"] == augmented["confusion"]
     seen = []
     split = images.split("train")
-    evaluate._fit(config(augment="simsiam_cifar", fit_epochs=2, batch=97), split.labels, 3, 1,
+    probes.fit(config(augment="simsiam_cifar", fit_epochs=2, batch=97), split.labels, 3, 1,
                   lambda rows, draws: seen.append(draws["crop"]) or torch.zeros(len(rows), 1))  # fmt: skip
     assert len(seen) == 2 and not torch.equal(*seen)
 
@@ -460,7 +460,7 @@ def test_a_map_of_few_points(n):
     changes."""
     g = torch.Generator().manual_seed(n)
     x, bank, k = torch.randn(n, 6, generator=g), torch.randn(4, 6, generator=g), min(5, (n - 1) // 2)
-    found = evaluate.picture(config(kind="tsne"), x, bank)
+    found = portrait.picture(config(kind="tsne"), x, bank)
     assert json.loads(json.dumps(found, allow_nan=False)) == found and len(found["tsne"]["xy"]) == n
     perplexity = 30.0 if n == 31 else round((n - 1) / 3, 4)
     assert found.get("cut", {}) == ({"perplexity": perplexity} if n < 31 else {}) | ({"trustworthiness": k} if k < 5 else {})
@@ -478,7 +478,7 @@ def test_a_map_of_equal_images_is_one_place(images, weights):
     record = measure(equal, weights, kind="tsne", k=5)
     assert json.loads(json.dumps(record, allow_nan=False)) == record and "cut" not in record
     assert all(record[name] == {"xy": [[0.0, 0.0]] * 50, "trustworthiness": None} for name in ("tsne", "pca"))
-    drawn = figures.tsne(figures.points([record]))
+    drawn = figures.tsne(frames.points([record]))
     assert [ax.get_xlabel().split()[-1] for ax in drawn.axes] == ["-", "-"]
 
 
@@ -514,7 +514,7 @@ def test_a_report_on_nearly_equal_features():
     y = torch.arange(40) % 3
     z = torch.ones(40, 4)
     z[::2, 0] += 3e-4
-    *_, out = evaluate._report(config(kind="report"), torch.eye(4)[y], y, z, y)
+    *_, out = portrait.student_report(config(kind="report"), torch.eye(4)[y], y, z, y)
     assert sum(out["cosine"]["same"]) + sum(out["cosine"]["different"]) == 40 * 39 / 2
 
 
@@ -538,7 +538,7 @@ def test_in_train_mode_an_image_is_left_alone_only_where_batchnorm_can_take_it(b
             return torch.cat([copy.deepcopy(net).train()((part / 255 - mean) / std) for part in x.split(parts)])
 
     z, bank = embed(many.split("test").images, parts), embed(images.split("train").images, [97])
-    predicted = evaluate.knn(z, bank, images.split("train").labels, 3, k=5, tau=0.1).argmax(1)
+    predicted = probes.knn(z, bank, images.split("train").labels, 3, k=5, tau=0.1).argmax(1)
     assert record["confusion"] == counted(predicted, many.split("test").labels)
     alone = replace(images, splits=images.splits | {"test": Split(test.images[:1], test.labels[:1])})
     with pytest.raises(SidaeError, match="^bn train needs more than 1 image of Colours" if backbone == "resnet18" else "^$"):
@@ -586,11 +586,12 @@ def test_a_class_that_the_test_split_lacks_has_no_accuracy(kind, images, weights
     assert record["confusion"][2] == [0, 0, 0] and record["per_class"][2] is None and None not in record["per_class"][:2]
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     if kind == "report":
-        frame = figures.evaluations([record])
+        frame = frames.evaluations([record])
         assert frame["accuracy"].dtype == float and frame["accuracy"][frame["metric"] == "blue"].isna().all()
-        classes = figures.summary(frame).set_index("metric").loc[["red", "green", "blue"], ["mean", "n"]]
+        classes = frames.summary(frame).set_index("metric").loc[["red", "green", "blue"], ["mean", "n"]]
         assert classes["n"].tolist() == [1, 1, 0] and classes["mean"].tolist()[:2] == record["per_class"][:2]
-        mean = published.sides(frame, "metric in ['red', 'green', 'blue'] > metric == 'accuracy'")
+        whole = frame["metric"] == "accuracy"
+        mean = differences.between(frame[frame["metric"].isin(["red", "green", "blue"])], frame[whole])
         assert mean.seeds.tolist() == approx([sum(record["per_class"][:2]) / 2 - record["accuracy"]])
 
 
@@ -732,8 +733,8 @@ def test_probes_side_by_side_are_probes_one_by_one(n, changes):
     predictions."""
     (x, y), (test, _) = mixture(n, 0), mixture(2000, 1)
     config = EvalConfig(run=RUN, fit_epochs=5, batch=64, repeats=3, seed=4, **changes)
-    alone = evaluate._probes(config, x, y, 5)
-    together = evaluate._side_by_side(config, x, y, 5, [4, 1004, 2004])
+    alone = probes.repeated(config, x, y, 5)
+    together = probes.side_by_side(config, x, y, 5, [4, 1004, 2004])
     for (weight, bias), (own, own_bias) in zip(together, alone, strict=True):
         torch.testing.assert_close(weight, own.detach(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(bias, own_bias.detach(), atol=1e-5, rtol=1e-5)
@@ -747,7 +748,7 @@ def test_an_epoch_of_probes_asks_the_device_for_nothing(device, monkeypatch):
     """`meta` has no values to ask for; a GPU that is made believe meets no tensor of the CPU."""
     found, launches = [], []
 
-    class Watched(evaluate.Captured):
+    class Watched(probes.Captured):
         def __init__(self, function, _):
             super().__init__(function, CPU)
 
@@ -757,14 +758,14 @@ def test_an_epoch_of_probes_asks_the_device_for_nothing(device, monkeypatch):
             found.extend(waits.found)
             launches.append(self)
 
-    monkeypatch.setattr(evaluate, "Captured", Watched)
-    monkeypatch.setattr(evaluate, "MANY", 0)
+    monkeypatch.setattr(probes, "Captured", Watched)
+    monkeypatch.setattr(probes, "CAPTURE_FROM", 0)
     monkeypatch.setattr(networks, "sent", lambda x, device: x.to(device))
     config = EvalConfig(run=RUN, fit_epochs=2, batch=64, repeats=2, weight_decay=0.1, schedule="cosine")
     with FakeTensorMode() if device == "cuda" else nullcontext():
-        probes = evaluate._side_by_side(config, *(t.to(device) for t in mixture(300, 0)), 5, [0, 1000])
+        found_ = probes.side_by_side(config, *(t.to(device) for t in mixture(300, 0)), 5, [0, 1000])
     assert found == [] and len(launches) == 2 and len(set(launches)) == 1
-    assert all(t.device.type == device for probe in probes for t in probe)
+    assert all(t.device.type == device for probe in found_ for t in probe)
 
 
 def test_repeats_are_probes_of_other_seeds(images, weights):
@@ -775,7 +776,7 @@ def test_repeats_are_probes_of_other_seeds(images, weights):
     assert record["each"][2] == measure(images, weights, fit_epochs=2, seed=2000)["accuracy"]
     assert record["accuracy"] == pytest.approx(sum(record["each"]) / 3, abs=1e-3)
     assert sum(map(sum, record["confusion"])) == 3 * record["n_test"]
-    with pytest.raises(SidaeError, match="repeats is for kind linear on cached features, at most 255, not 2 of kind knn"):
+    with pytest.raises(SidaeError, match="repeats is for kind linear on cached features, at most 255, not 2 of knn"):
         EvalConfig(run=RUN, kind="knn", repeats=2)
 
 
@@ -814,5 +815,5 @@ def test_logistic_regression_is_scikit_learns():
             model = make_pipeline(StandardScaler(), LogisticRegression(C=C, tol=1e-6, max_iter=10_000))
             model.fit(x.double().numpy(), y.numpy())
             theirs = torch.from_numpy(model.predict(x_test.double().numpy()))
-            ours = evaluate.logistic(x, y, x_test, C)
+            ours = probes.logistic(x, y, x_test, C)
             assert (ours == theirs).double().mean() >= 0.999, (images.name, features, C)

@@ -29,10 +29,15 @@ def trajectory(config, mode: str, nudge: float = 0.0) -> tuple[torch.Tensor, tor
     return torch.tensor(losses), torch.cat([p.detach().flatten() for p in run.method.parameters()])
 
 
+@pytest.fixture(scope="module")
+def plain(config):
+    """As it is, and nudged three times."""
+    return trajectory(config, "eager"), [trajectory(config, "eager", n) for n in (1e-7, -1e-7, 2e-7)]
+
+
 @pytest.mark.parametrize("mode", ["views", pytest.param("step", marks=pytest.mark.slow)])
-def test_compiled_equals_plain(config, mode):
-    losses, weights = trajectory(config, "eager")
-    nudged = [trajectory(config, "eager", n) for n in (1e-7, -1e-7, 2e-7)]
+def test_compiled_equals_plain(config, plain, mode):
+    (losses, weights), nudged = plain
     fast_losses, fast_weights = trajectory(config, mode)
     assert (fast_losses - losses).norm() <= 2 * max((n - losses).norm() for n, _ in nudged)
     assert (fast_weights - weights).norm() <= 2 * max((n - weights).norm() for _, n in nudged)

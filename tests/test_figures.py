@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 
-from sidae_lib import experiments, figures, paths, published, runs
+from sidae_lib import diagrams, differences, experiments, figures, frames, methods, pages, paths, store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -18,21 +18,22 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 
 
 @pytest.fixture
-def page_file(trained) -> Path:
-    _, evals = experiments.accuracy_vs_epochs("smoke", ["digits"])
-    records = runs.fetch_all(evals, log=lambda _: None)
-    table = figures.summary(figures.evaluations(records))
-    figures.save(figures.accuracy_vs_epochs(table), "accuracy_vs_epochs", "smoke", table)
-    notebook = trained / "executed" / "01_accuracy_vs_epochs.html"
+def page_file(own_store, monkeypatch) -> Path:
+    """Of the published records of one seed."""
+    monkeypatch.setenv("SIDAE_RECORDS", str(paths.ROOT / "records"))
+    records = store.recorded(experiments.accuracy_vs_epochs("laptop", ["mnist"], [0])[1])
+    table = frames.summary(frames.evaluations(records))
+    figures.save(figures.accuracy_vs_epochs(table), "accuracy_vs_epochs", "laptop", table)
+    notebook = own_store / "executed" / "01_accuracy_vs_epochs.html"
     notebook.parent.mkdir()
     notebook.write_text("<html><title>01</title></html>")
-    return figures.index("smoke", {"accuracy_vs_epochs": records}, [notebook])
+    return pages.index("laptop", {"accuracy_vs_epochs": records}, [notebook])
 
 
 def test_the_page_names_what_it_shows(page_file):
     text = page_file.read_text()
     assert "Below the paper's scale" in text and "<h2>Claims</h2>" in text and "undecided (n = 1)" in text
-    assert "<details><summary><b>undecided (fewer than three seeds)</b>" in text
+    assert "<td>undecided (fewer than three seeds)</td>" in text
     for link in re.findall(r'href="([^"d][^"]*)"', text):
         assert (page_file.parent / link).exists(), link
     assert {p.suffix for p in page_file.parent.glob("scoreboard.*")} == {".csv", ".html"}
@@ -48,7 +49,7 @@ def test_a_browser_shows_it_without_an_error_on_a_phone(page_file, name, tmp_pat
     if name == "laptop":  # all committed figures
         shutil.copytree(paths.ROOT / "figures" / "laptop", tmp_path / "laptop")
         monkeypatch.setenv("SIDAE_FIGURES", str(tmp_path))
-        file = figures.index("laptop", {})
+        file = pages.index("laptop", {})
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 390, "height": 844})
@@ -65,10 +66,10 @@ def test_a_browser_shows_it_without_an_error_on_a_phone(page_file, name, tmp_pat
     assert wide[0] <= wide[1], "the page scrolls sideways"
 
 
-def test_timings_of_notebooks_that_were_not_run_stay(store):
+def test_timings_of_notebooks_that_were_not_run_stay(own_store):
     clock = [{"notebook": f"0{n}_x", "seconds": float(n), "failed": False} for n in (1, 2)]
-    figures.timings("smoke", clock)
-    figures.timings("smoke", [clock[0] | {"seconds": 9.0}])
+    pages.timings("smoke", clock)
+    pages.timings("smoke", [clock[0] | {"seconds": 9.0}])
     table = pd.read_csv(paths.figures("smoke") / "timings.csv")
     assert table.set_index("notebook")["seconds"].to_dict() == {"01_x": 9.0, "02_x": 2.0}
 
@@ -80,10 +81,10 @@ def test_the_table_of_probes_averages_seeds_alone():
             ("sidae", 0.5, "a", "unit, mean", "linear", 30), ("untrained", 0.5, "none", "standardised, mean", "linear", 5),
             ("supervised", 0.5, "none", "standardised, mean", "classifier", 40),
             ("supervised", 0.5, "a", "standardised, mean", "classifier", 60)]  # fmt: skip
-    table = figures.probes(pd.DataFrame(rows, columns=columns).assign(display="digits", labels=1.0, epoch=2, of=2))
+    table = frames.probes(pd.DataFrame(rows, columns=columns).assign(display="digits", labels=1.0, epoch=2, of=2))
     own = {method: value for (_, _, method), value in table["linear"].fillna(table["classifier"]).items()}
-    assert own == {"sidae": 10, "sidae, w = 0.25": 20, "sidae, unit, mean": 30, "untrained": 5, "supervised": 40,
-                   "supervised, augmented": 60}
+    assert own == {"SidAE": 10, "SidAE, w = 0.25": 20, "SidAE, unit, mean": 30, "Untrained": 5, "Supervised": 40,
+                   "Supervised, augmented": 60}
 
 
 def test_a_legend_of_many_long_names_stays_within_the_figure():
@@ -99,9 +100,9 @@ def test_a_legend_of_many_long_names_stays_within_the_figure():
 
 def test_several_seeds_of_an_encoder_are_one_point_of_its_pairs_accuracy():
     """Of the published records: the mean of five lists, and Student's 95 % interval with four degrees of freedom."""
-    lists = [r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] == "pairs" and r["n_train"] == 5000
+    lists = [r for r in store.every("evaluation", store.published()) if r["kind"] == "pairs" and r["n_train"] == 5000
              and r["config"]["run"]["method"] == "moco_v2" and r["data"]["name"] == "cifar10"]  # fmt: skip
-    table = figures.pair_table(lists, [])
+    table = frames.pair_table(lists, [])
     assert not table.duplicated(["panel", "series", "x"]).any()
     last = [r["accuracy"] for r in lists if r["epoch"] == 65 and r["config"].get("augment", "none") == "none"]
     (point,) = table.query("panel == 'epoch' and x == 65").itertuples()
@@ -115,10 +116,10 @@ def test_several_seeds_of_an_encoder_are_one_point_of_its_pairs_accuracy():
 
 def test_an_epoch_without_false_negatives_is_a_gap():
     """FNC's share of right ones among those found: of none there is no share, and a line at 0 would say all were wrong."""
-    rival = next(r for r in runs.every("record", (paths.records(),)) if r["config"]["method"] == "fnc" and r["epochs"][64:])
-    mined = next(r for r in runs.every("eval-*", (paths.records(),)) if r["kind"] == "pairs")
+    rival = next(r for r in store.every("run", store.published()) if r["config"]["method"] == "fnc" and r["epochs"][64:])
+    mined = next(r for r in store.every("evaluation", store.published()) if r["kind"] == "pairs")
     none = [e | {"fn_found": 0.0, "fn_right": 0.0} if e["epoch"] == 2 else e for e in rival["epochs"]]
-    tables = (figures.pair_table([mined], [rival | {"epochs": e}]) for e in (rival["epochs"], none))
+    tables = (frames.pair_table([mined], [rival | {"epochs": e}]) for e in (rival["epochs"], none))
     was, now = (t[t["series"] == "FNC, while training"].set_index("x")["accuracy"] for t in tables)
     assert np.isnan(now[2]) and now.drop(2).equals(was.drop(2)) and was[2] > 0
 
@@ -182,7 +183,7 @@ def test_a_published_value_stands_at_its_own_epoch(of):
     (ax,) = figures.accuracy_vs_epochs(table).axes
     places = [ax, *ax.child_axes]
     hollow = {line.get_ydata()[0]: line.get_xdata()[0] for at in places for line in at.lines
-              if line.get_markerfacecolor() == "none"}  # fmt: skip
+              if line.get_markerfacecolor() == "white"}  # fmt: skip
     assert hollow == {51.67: 200, 44.06: 200, 40.67: 200}
     assert len(ax.child_axes) == (of < 200) and ax.get_xlim()[1] < of * 1.1
     for strip in ax.child_axes:
@@ -197,7 +198,7 @@ def test_a_choice_by_validation_says_what_it_gave_on_test():
     rows = [(1.0, 0.25, "val", 60, 1, 3), (1.0, 0.5, "val", 70, 1, 3), (0.1, 0.25, "val", 50, 1, 3),
             (0.1, 0.5, "val", 52, 1, 3), (1.0, 0.25, "test", 61, 2, 3), (1.0, 0.5, "test", 71, 3, 3),
             (0.1, 0.25, "test", 55, 2, 3), (0.1, 0.5, "test", 44, 4, 2)]  # fmt: skip
-    says = figures.by_validation(pd.DataFrame(rows, columns=columns), "w")
+    says = frames.by_validation(pd.DataFrame(rows, columns=columns), "w")
     many, scarce = says.to_numpy().tolist()
     assert many == [1.0, 0.5, 70, 71, 3, 3, "1 of 2", 0.5, 71] and scarce == [0.1, 0.5, 52, 44, 4, 2, "2 of 2", 0.25, 55]
     assert list(says) == ["labels", "chosen", "validation", "test", "se", "n", "rank", "best", "best_test"]
@@ -206,7 +207,7 @@ def test_a_choice_by_validation_says_what_it_gave_on_test():
 def test_the_published_sweep_chose_the_w_that_is_last_on_test():
     table = recorded("w_sweep")
     inside = table[(table["method"] == "sidae") & (table["target"] == "standardised, mean")]
-    scarce = figures.by_validation(inside, "w").set_index("labels").loc[0.01]
+    scarce = frames.by_validation(inside, "w").set_index("labels").loc[0.01]
     assert scarce["chosen"] == experiments.best_w("laptop") == 0.5
     assert (scarce["rank"], scarce["best"], scarce["n"]) == ("3 of 3", 0.25, 3)
 
@@ -221,7 +222,7 @@ def lab(colour: str) -> np.ndarray:
 
 
 def test_what_is_no_method_has_no_methods_colour():
-    methods_ = {colour.lower() for colour in figures.COLOURS.values()}
+    methods_ = {colour.lower() for colour in methods.COLOURS.values()}
     others = [*figures.SHARES, *figures.PARTS.values(), *figures.CLASSES, figures.INK]
     assert len({c.lower() for c in others}) == len(others) and not methods_ & {c.lower() for c in others}
     for colour in (*figures.SHARES, *figures.PARTS.values()):  # far from every method's
@@ -238,7 +239,7 @@ def test_no_code_of_a_figure_writes_a_methods_colour():
         text = re.sub(r"\nCOLOURS = \{.*?\}\n", "\n", source.read_text(), flags=re.S)
         text = re.sub(r'"image/png": "[^"]*"', "", text)
         found = {c.lower() for c in re.findall(r"#[0-9a-fA-F]{6}\b", text)}
-        assert not found & {c.lower() for c in figures.COLOURS.values()}, source.name
+        assert not found & {c.lower() for c in methods.COLOURS.values()}, source.name
 
 
 @pytest.mark.parametrize("name", ["w_sweep", "structure"])
@@ -247,10 +248,10 @@ def test_artists_of_other_meanings_have_no_methods_colour(name):
     if name == "w_sweep":
         fig = figures.w_sweep(recorded(name))
     else:
-        fig = figures.structure(figures.layers(experiments.sidae_step_by_step("smoke")[0][0]))
+        fig = diagrams.structure(diagrams.layers(experiments.sidae_step_by_step("smoke")[0][0]))
     drawn = {to_hex(line.get_color()) for ax in fig.axes for line in ax.lines}
     drawn |= {to_hex(bar.get_facecolor()) for ax in fig.axes for bar in ax.patches}
-    assert len(drawn) > 1 and not drawn & {c.lower() for c in figures.COLOURS.values()}
+    assert len(drawn) > 1 and not drawn & {c.lower() for c in methods.COLOURS.values()}
 
 
 def test_times_of_different_machines_are_not_compared():
@@ -266,8 +267,8 @@ def test_what_pairs_add_holds_the_test_images():
     """Of the published records: by seed the same differences, and an interval that is never narrower than that of seeds."""
     asked = experiments.semantic_pairs("laptop", ["cifar10"])[1]
     own = [e for e in asked if e.kind == "logistic" and not e.data and e.run.method == "sidae" and e.epoch == e.run.epochs]
-    records = runs.recorded(own)
-    gains = figures.pair_gains(records).set_index("pairs")
+    records = store.recorded(own)
+    gains = frames.pair_gains(records).set_index("pairs")
     by = {(r["config"]["run"].get("pairs", "none"), r["config"]["run"].get("seed", 0)): r["accuracy"] for r in records}
     d = np.array([by["mined", s] - by["none", s] for s in range(3)])
     half = 4.30265 * d.std(ddof=1) / 3**0.5
@@ -284,4 +285,4 @@ def test_what_pairs_add_holds_the_test_images():
     ([9.0], 0.0, "+9.00 points (no interval from one seed, n = 1): not told apart"),
 ])  # fmt: skip
 def test_a_difference_in_words(seeds, images, says):
-    assert figures.told(published.Difference(pd.Series(seeds), images)) == says
+    assert frames.told(differences.Difference(pd.Series(seeds), images)) == says

@@ -13,44 +13,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 from pyarrow import parquet
 
 from sidae_lib import data, own
 from sidae_lib.config import SidaeError
+from tests.sets import content, write, zipped
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, no_sets):
     """A folder for a set."""
     return tmp_path / "set"
-
-
-def png(value):
-    """A picture that is known by its grey."""
-    out = io.BytesIO()
-    Image.new("L", (4, 4), value).save(out, "PNG")
-    return out.getvalue()
-
-
-def content(what):
-    return png(what) if isinstance(what, int) else what.encode() if isinstance(what, str) else what
-
-
-def folder(root, files):
-    for name, what in files.items():
-        place = root / name
-        (place if name.endswith("/") else place.parent).mkdir(parents=True, exist_ok=True)
-        if not name.endswith("/"):
-            place.write_bytes(content(what))
-    return root
-
-
-def zipped(path, files, name=lambda n: n):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for n, what in files.items():
-            z.writestr(name(n), b"" if n.endswith("/") else content(what))
-    return path
 
 
 def pictures(*names):
@@ -233,7 +206,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("files, splits, sentences", LAYOUTS)
 def test_layouts(root, tmp_path, files, splits, sentences):
     """As a folder, and as a zip in a wrapper, with backslashes as some Windows programs write them."""
-    found, images = seen(folder(root, files))
+    found, images = seen(write(root, files))
     assert found == splits and {*sentences} <= {*images.notes}
     again, other = seen(zipped(tmp_path / "set.zip", files, lambda n: f"./my set/{n}".replace("/", "\\")))
     assert again == splits and other.fingerprint == images.fingerprint and other.classes == images.classes
@@ -305,11 +278,11 @@ REFUSED = [
 
 @pytest.mark.parametrize("files, sentence, _", REFUSED)
 def test_what_is_not_clear_is_refused(root, files, sentence, _):
-    assert sentence in refused(folder(root, files))
+    assert sentence in refused(write(root, files))
 
 
 def test_numbers_stand_in_their_order(root):
-    _, images = seen(folder(root, {f"{i}.png": i for i in range(12)} | {
+    _, images = seen(write(root, {f"{i}.png": i for i in range(12)} | {
         "labels.csv": "file,label\n" + "".join(f"{i}.png,{i}\n" for i in range(12))}))  # fmt: skip
     assert images.classes == tuple(map(str, range(12))) and images.split("train").labels.tolist() == [*range(12)]
 
@@ -320,11 +293,11 @@ def test_a_name_counts_once_however_it_is_written(tmp_path):
             pictures("Train/CAFE\u0301/A.png", "Train/Dog/B.png", "TEST/DOG/c.png", "Train/Dog/D.png"),
             pictures("1.png", "2.png", "3.png", "4.png")
             | {"x.csv": "file,label,split\n4,dog,train\n3,dog,test\n2,dog,train\n1,Caf\u00e9,train\n"}]
-    assert len({seen(folder(tmp_path / str(i), files))[1].fingerprint for i, files in enumerate(ways)}) == 1
+    assert len({seen(write(tmp_path / str(i), files))[1].fingerprint for i, files in enumerate(ways)}) == 1
 
 
 def test_nothing_is_written_into_the_folder(root):
-    folder(root, {f"{c}/{i}.png": 9 * i for i in range(5) for c in ("cat", "dog")} | {"more.zip": "x", "list.csv": "x"})
+    write(root, {f"{c}/{i}.png": 9 * i for i in range(5) for c in ("cat", "dog")} | {"more.zip": "x", "list.csv": "x"})
     before = [(p, p.stat().st_mtime_ns, p.stat().st_size) for p in (root, *sorted(root.rglob("*")))]
     name, notes = own.prepare(str(root), 4)
     assert "There is no test split: 2 of 10 images, a fifth of each class, became one." in notes
@@ -334,8 +307,8 @@ def test_nothing_is_written_into_the_folder(root):
 
 def test_files_of_the_system_change_nothing(root):
     """A file browser writes them as it likes; the set is not read again for them."""
-    stamps = data._find(str(folder(root, CLEAR))).stamps
-    assert data._find(str(folder(root, {".DS_Store": "x", "cat/Thumbs.db": "y"}))).stamps == stamps
+    stamps = data._find(str(write(root, CLEAR))).stamps
+    assert data._find(str(write(root, {".DS_Store": "x", "cat/Thumbs.db": "y"}))).stamps == stamps
 
 
 # --- zips -----------------------------------------------------------------------------------------------------------
@@ -383,7 +356,7 @@ def test_archives_that_cannot_be_read(tmp_path):
     path.write_bytes(whole[:contents + 8] + b"\x01" + whole[contents + 9:])
     assert "set.zip is locked with a password; unpack it and give the folder." in refused(path)
     path.write_bytes(whole[:contents + 10] + b"\x09" + whole[contents + 11:])
-    assert "set.zip is packed in a way that Python cannot read; unpack it and give the folder." in refused(path)
+    assert "set.zip is packed in a way Python cannot read; unpack it and give the folder." in refused(path)
 
 
 def test_names_and_links_within_archives(tmp_path):
@@ -394,9 +367,9 @@ def test_names_and_links_within_archives(tmp_path):
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         z.writestr(link, "2.png")
         for name, what in (("Cafe\u0301/1.png", 1), ("dog/2.png", 9)):
-            z.writestr(name, png(what))
+            z.writestr(name, content(what))
         with pytest.warns(UserWarning, match="Duplicate name"):
-            z.writestr("dog/2.png", png(2))
+            z.writestr("dog/2.png", content(2))
     raw = path.read_bytes()
     for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         at = raw.index("Cafe\u0301".encode(), raw.index(start))
@@ -410,13 +383,13 @@ def test_names_and_links_within_archives(tmp_path):
 
 def test_other_archives_must_be_unpacked(root, tmp_path):
     with tarfile.open(path := tmp_path / "set.tar.gz", "w:gz") as t:
-        t.add(folder(root, CLEAR), "set")
+        t.add(write(root, CLEAR), "set")
     assert "unpack other archives" in refused(path)
 
 
 def test_names_that_cannot_be_printed(root):
     """Written by a machine of other letters, or by mistake."""
-    folder(root, {"cat/1.png": 1, "cat/2.png": 1, "a\nb/1.png": 2, "a\nb/2.png": 2})
+    write(root, {"cat/1.png": 1, "cat/2.png": 1, "a\nb/1.png": 2, "a\nb/2.png": 2})
     os.rename(root / "cat", os.fsencode(root) + b"/K\xe4fer")
     found, images = seen(root)
     assert found == {"train": {1: "K\ufffdfer", 2: "a\ufffdb"}} and "".join((*images.classes, *images.notes)).encode()
@@ -427,8 +400,8 @@ def test_names_that_cannot_be_printed(root):
 
 
 def test_links(root, tmp_path):
-    folder(tmp_path / "elsewhere", pictures("cat/8.png", "9.png"))
-    folder(root, pictures("train/cat/1.png", "train/dog/2.png", "kept/3.png") | {"test/": "", "ring/a/": "", "ring/b/": ""})
+    write(tmp_path / "elsewhere", pictures("cat/8.png", "9.png"))
+    write(root, pictures("train/cat/1.png", "train/dog/2.png", "kept/3.png") | {"test/": "", "ring/a/": "", "ring/b/": ""})
     for link, target in {"train/cow": tmp_path / "elsewhere" / "cat", "train/dog/9.png": tmp_path / "elsewhere" / "9.png",
                          "train/dog/lost.png": "nowhere.png", "train/dog/self.png": "self.png", "test/cat": "../kept",
                          "train/cat/circle": "..", "ring/a/to": "../b", "ring/b/to": "../a"}.items():  # fmt: skip
@@ -453,7 +426,7 @@ def nobody(root, monkeypatch):
 
 
 def test_what_may_not_be_read_is_left_out(nobody):
-    root = folder(nobody / "set", CLEAR | pictures("cat/3.png", "cow/4.png"))
+    root = write(nobody / "set", CLEAR | pictures("cat/3.png", "cow/4.png"))
     os.mkfifo(root / "cat" / "pipe.png")
     (root / "cat" / "3.png").chmod(0)
     (root / "cow").chmod(0)
@@ -471,7 +444,7 @@ def test_what_may_not_be_read_is_left_out(nobody):
 
 def rows(images, labels=None, names=None, column="label", struct=True, group=100, **more):
     """As Hugging Face writes them: {bytes, path}, and the names of the classes in the schema."""
-    cells = [png(v) if isinstance(v, int) else v for v in images]
+    cells = [content(v) if isinstance(v, int) else v for v in images]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.binary()
     columns = {"image": pa.array([{"bytes": c, "path": None} if struct else c for c in cells], kind)}
     columns |= {} if labels is None else {column: labels}
@@ -508,7 +481,7 @@ PARQUET = [
     case("yes and no", {"train-0.parquet": rows([1, 2], [True, False])}, {"train": {1: "True", 2: "False"}}),
     case("numbers with a gap", {"train-0.parquet": rows([1, 2, 3], [10.0, 2.0, None])}, {"train": {1: "10", 2: "2"}},
          left(1, "without a label", "train-0.parquet/0-2")),
-    case("damaged", {"train-0.parquet": rows([1, b"words", 2, png(9)[:40], None], [1, 0, 0, 0, 1], DOGS, group=2)}, TWO,
+    case("damaged", {"train-0.parquet": rows([1, b"words", 2, content(9)[:40], None], [1, 0, 0, 0, 1], DOGS, group=2)}, TWO,
          left(3, "damaged or unreadable", "train-0.parquet/0-1", "train-0.parquet/1-1", "train-0.parquet/2-0")),
     case("many groups", {"train-0.parquet": rows(list(range(200)), [i % 2 for i in range(200)], DOGS, group=1)},
          {"train": {i: DOGS[i % 2] for i in range(200)}}),
@@ -517,12 +490,12 @@ PARQUET = [
 
 @pytest.mark.parametrize("files, splits, sentences", PARQUET)
 def test_parquet(root, files, splits, sentences):
-    found, images = seen(folder(root, files))
+    found, images = seen(write(root, files))
     assert found == splits and {*sentences} <= {*images.notes}
 
 
 def test_a_parquet_file(root):
-    path = folder(root, {"train.parquet": rows([1, 2, 3], [10, 2, 2]), "test.parquet": b"another"}) / "train.parquet"
+    path = write(root, {"train.parquet": rows([1, 2, 3], [10, 2, 2]), "test.parquet": b"another"}) / "train.parquet"
     found, images = seen(path)
     assert found == {"train": {1: "10", 2: "2", 3: "2"}} and images.classes == ("2", "10")
     path.write_bytes(rows([1, 2], [1, 0], DOGS))
@@ -537,23 +510,23 @@ def test_a_parquet_file(root):
     (rows([], pa.array([], pa.int64())), "set has no usable split: a.parquet has no lines."),
     (rows([b"words"], [0]), "set has no usable split: no image of a.parquet can be read.")])  # fmt: skip
 def test_parquet_that_cannot_be_read(root, content, sentence):
-    assert sentence in refused(folder(root, {"a.parquet": content}))
+    assert sentence in refused(write(root, {"a.parquet": content}))
 
 
 def test_parquet_without_pyarrow(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert refused(folder(root, {"a.parquet": b""})).endswith(
+    assert refused(write(root, {"a.parquet": b""})).endswith(
         "set holds Parquet, and pyarrow, which reads it, is not installed: pip install pyarrow.")
 
 
 def test_letters_of_two_cases_are_two_classes(root):
     names = pictures("A/a.png", "A/b.png", "a/c.png", "a/d.png", "b/e.png", "b/f.png")
-    images = data.load(own.prepare(str(folder(root, names)))[0])
+    images = data.load(own.prepare(str(write(root, names)))[0])
     assert images.classes == ("A", "a", "b") and images.split("train").labels.tolist() == [0, 1, 2]
 
 
 def test_one_image_a_class_makes_no_test_split(root):
-    images = data.load(own.prepare(str(folder(root, pictures("cat/a.png", "dog/b.png"))))[0])
+    images = data.load(own.prepare(str(write(root, pictures("cat/a.png", "dog/b.png"))))[0])
     assert [*images.splits] == ["train"] and "There is no test split, and no class has two images to make one." in images.notes
 
 
@@ -574,50 +547,50 @@ def labelled(columns, n=10):
     {"id": lambda k, i: f"{k}", "filename": lambda k, i: f"{i}", "label": lambda k, i: "ab"[i % 2]},
     {"id": lambda k, i: f"{k}", "photo": lambda k, i: f"{i}.PNG", "label": lambda k, i: "ab"[i % 2]}])  # fmt: skip
 def test_numbers_of_lines_are_no_names_of_pictures(root, columns):
-    out, _ = seen(folder(root, labelled(columns)))
+    out, _ = seen(write(root, labelled(columns)))
     assert out == {"train": {i + 1: "ab"[i % 2] for i in range(10)}}
 
 
 def test_labels_are_no_names_of_pictures(root):
     files = labelled({"file": lambda k, i: f"img_{i}.png", "label": lambda k, i: f"{i % 2}"})
     with pytest.raises(SidaeError, match=r"few of its images are named in labels.csv, 0.png for one is not\."):
-        data.load(str(folder(root, files)))
+        data.load(str(write(root, files)))
 
 
 @pytest.mark.parametrize("files, words", [
     (pictures("images/train/a.png", "masks/train/a.png"), "holds masks beside images, which is no class"),
     (pictures("train/a.png", "train_masks/a.png"), "holds train_masks beside images, which is no class"),
     (pictures("p0/a.png", "p1/b.png", "p2/c.png") | {"labels.csv": "patient,diagnosis\np0,ill\np1,ill\np2,well\n"},
-     r"two ways: the folders are the classes \(p0, p1, p2\), or what labels.csv says of them \(ill, well\)"),
+     r"two ways: the folders are the classes \(p0, p1, p2\), or labels.csv names them \(ill, well\)"),
     (pictures("control/a.png", "test/b.png"),
      "only one class folder .control..*test is taken for a split; rename it if it is a class"),
     (pictures("cat/a.png") | {"dog/b.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"},
      r"only one class folder .*Left out: 1 file, \.heic: install pillow-heif \(dog/b.heic\)")])  # fmt: skip
 def test_what_newcomers_brought_is_refused_with_the_reason(root, files, words):
     with pytest.raises(SidaeError, match=words):
-        data.load(str(folder(root, files)))
+        data.load(str(write(root, files)))
 
 
 def test_a_mask_beside_its_image_is_none(root):
     names = ["good/1.png", "good/1_mask.png", "bad/1.png", "bad/1_mask_1.png", "bad/with_mask.png"]
-    out, images = seen(folder(root, pictures(*names)))
+    out, images = seen(write(root, pictures(*names)))
     assert out == {"train": {1: "good", 3: "bad", 5: "bad"}} and images.left == (("", "a mask beside its image", 2),)
 
 
 def test_a_folder_of_class_names_by_number_stays_what_it_is(root):
-    out, _ = seen(folder(root, pictures("0/a.png", "1/b.png") | {"labels.csv": "id,label\n0,cat\n1,dog\n"}))
+    out, _ = seen(write(root, pictures("0/a.png", "1/b.png") | {"labels.csv": "id,label\n0,cat\n1,dog\n"}))
     assert out == {"train": {1: "0", 2: "1"}}
 
 
 def test_a_file_whose_name_is_a_split_is_read_anew_where_it_has_another(root):
     content = rows([1, 2], [1, 0], DOGS)
-    folder(root, {"train.parquet": content, "sub/test.parquet": content})
+    write(root, {"train.parquet": content, "sub/test.parquet": content})
     assert [*data.load(str(root / "train.parquet")).splits] == ["train"]
     assert [*data.load(str(root / "sub" / "test.parquet")).splits] == ["test"]
 
 
 def test_a_folder_with_the_name_of_a_set_is_spoken_of(root, monkeypatch):
-    monkeypatch.chdir(folder(root, pictures("digits/cat/a.png", "digits/dog/b.png")))
+    monkeypatch.chdir(write(root, pictures("digits/cat/a.png", "digits/dog/b.png")))
     name, notes = own.prepare("digits")
     assert name == "digits" and notes[-1] == "digits is the set of that name; for the folder write ./digits."
     assert data.load(own.prepare("./digits")[0]).classes == ("cat", "dog")

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from pytest import approx
 from safetensors.torch import load_file, save_file
+from test_claims import ROW, judged
 
-from sidae_lib import augment, data, experiments, figures, losses, methods, networks, published, train
+from sidae_lib import augment, claims, data, experiments, figures, frames, losses, methods, networks, train
 from sidae_lib.config import RunConfig, SidaeError, epoch_seed
 from sidae_lib.methods import maps
 from sidae_lib.step import lr_at
@@ -47,9 +48,6 @@ def views(n=8, seed=0):
 
 def noise(*shape, seed=0, grad=False):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
-
-
-# --- losses.nce and the similarities --------------------------------------------------------------------------------
 
 
 def own(B, L):
@@ -91,26 +89,6 @@ def test_nce_gradient():
     assert torch.allclose(s.grad.sum(1), torch.zeros(6), atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-6, 20.0, 1e6])
-def test_nce_is_finite(scale):
-    s = (scale * noise(64, 64 * 4)).requires_grad_()
-    loss = losses.nce(s, own(64, 4))
-    loss.backward()
-    assert loss.isfinite() and loss >= 0 and s.grad.isfinite().all()
-
-
-def test_similarities():
-    a, b = noise(3, 16), noise(5, 16, seed=1)
-    s = losses.dot(a, b, 0.25)
-    assert s.shape == (3, 5) and s[1, 2].item() == approx(sum((a[1] * b[2]).tolist()) / 4, rel=1e-5)
-    assert losses.cosine(a, b)[1, 2].item() == approx(F.cosine_similarity(a[1], b[2], 0).item(), rel=1e-5)
-    x = torch.tensor([0.0, 1e-3, 5.0, -1e9, 1e9])
-    assert losses.soft_clip(x, 20.0).tolist() == approx([0, 1e-3, 20 * math.tanh(0.25), -20, 20])
-
-
-# --- encoders -------------------------------------------------------------------------------------------------------
-
-
 def test_amdims_encoder_has_the_papers_maps_and_pads_nothing():
     net = networks.backbone(run("amdim", width=8)).eval()
     x = noise(2, 3, 32, 32).requires_grad_()
@@ -139,7 +117,7 @@ def test_amdims_unit_starts_as_average_pooling():
 
 
 def test_the_embedding_starts_near_the_identity():
-    e, x = networks.Embedding(4, 6), noise(8, 4, 5, 5)
+    e, x = maps.Embedding(4, 6), noise(8, 4, 5, 5)
     assert torch.equal(e.conv2.weight, torch.zeros(6, 6, 1, 1))
     w = e.beside.weight[..., 0, 0]
     assert torch.equal(w.diagonal(), torch.ones(4)) and 0 < (w - torch.eye(6, 4)).abs().max() <= 0.01
@@ -159,7 +137,7 @@ def test_patches_are_cut_and_seen_apart(name, norm):
 
 
 def test_context_sees_no_row_below():
-    net, x = networks.Context(6, 32), noise(1, 6, 7, 7).requires_grad_()
+    net, x = maps.Context(6, 32), noise(1, 6, 7, 7).requires_grad_()
     for row in range(7):  # five blocks, each looks one row up
         seen, = torch.autograd.grad(net(x)[0, :, row].sum(), x)
         assert seen[0].abs().sum((0, 2)).nonzero()[:, 0].tolist() == list(range(max(0, row - 5), row + 1))
@@ -176,15 +154,12 @@ def test_resnet34_is_torchvisions():
 
 
 @pytest.mark.parametrize("config", [run("amdim"), run("amdim", backbone="resnet34", stem="cifar"), run("cpc_v2")],
-                         ids=lambda c: c.backbone)  # fmt: skip
+                         ids=lambda c: c.backbone)
 def test_an_encoder_comes_back_from_its_file(config, tmp_path):
     net = networks.backbone(config).eval()
     meta = json.dumps({"config": config.to_dict(), "mean": [0], "std": [1]})
     save_file(net.state_dict(), tmp_path / "b.safetensors", {"sidae": meta})
     assert torch.equal(networks.load(tmp_path / "b.safetensors")(noise(2, 3, 32, 32)), net(noise(2, 3, 32, 32)))
-
-
-# --- AMDIM and YADIM ------------------------------------------------------------------------------------------------
 
 
 def slow_maps_loss(m, v, pairs, clip=20.0):
@@ -209,7 +184,7 @@ def slow_maps_loss(m, v, pairs, clip=20.0):
 @pytest.mark.parametrize(("method", "extract", "pairs"), [
     ("amdim", "", [(0, 1), (0, 2), (1, 1)]), ("amdim", "00", [(0, 0)]), ("yadim", "", [(0, 0)]),
     ("yadim", "00,11,22", [(0, 0), (1, 1), (2, 2)]), ("yadim", "01,02,11", [(0, 1), (0, 2), (1, 1)]), ("yadim", "11", [(1, 1)]),
-])  # fmt: skip
+])
 def test_the_loss_is_a_loop_over_places(method, extract, pairs):
     m, (v, batch) = build(method, extract=extract), views()
     out = m.loss(v, batch)
@@ -217,17 +192,6 @@ def test_the_loss_is_a_loop_over_places(method, extract, pairs):
     assert out["l_nce"].item() == approx(value.item(), rel=1e-4) and out["square"].item() == approx(squares.item(), rel=1e-4)
     assert out["loss"].item() == approx((value + 0.05 * squares).item(), rel=1e-4)
     assert not out["z"].requires_grad and len(out["z"]) == 8
-
-
-def test_the_start_is_the_logarithm_of_the_candidates():
-    """Anchors of 0 score 0: log(1 + (B - 1) L), summed over AMDIM's three comparisons."""
-    m, (v, batch) = build("amdim"), views()
-    for head in m.heads.values():
-        if hasattr(head, "bn"):
-            torch.nn.init.zeros_(head.bn.weight)
-    torch.nn.init.zeros_(m.backbone.to1[-1].weight)
-    out = m.loss(v, batch)
-    assert out["loss"].item() == approx(2 * math.log(1 + 7 * 25) + math.log(1 + 7 * 49), rel=1e-6) and out["square"] == 0
 
 
 def test_r_is_any_of_the_three_maps():
@@ -273,15 +237,7 @@ def test_everything_that_is_there_gets_a_gradient(method):
     assert {k.split(".")[1] for k, p in m.named_parameters() if p.grad is None} == {"layer3", "layer4"}
 
 
-def test_the_penalty_is_not_clipped():
-    (v, batch) = views()
-    loose, tight = build("amdim", clip=1e6), build("amdim", clip=1e-3)
-    a, b = loose.loss(v, batch), tight.loss(v, batch)
-    assert a["square"].item() == approx(b["square"].item(), rel=1e-5)
-    assert b["l_nce"].item() == approx(2 * math.log(1 + 7 * 25) + math.log(1 + 7 * 49), abs=0.01)  # |scores| < 0.001
-
-
-@pytest.mark.parametrize("block", [1, 500, 3000])
+@pytest.mark.parametrize("block", [1, 3000])
 @pytest.mark.parametrize("method", OWN)
 def test_blocks_change_no_loss_and_no_gradient(method, block, monkeypatch):
     (v, batch), results = views(), []
@@ -307,37 +263,6 @@ def test_blocks_bound_the_scores(monkeypatch):
     assert len(largest) == 2 * 64  # once forward, once backward
 
 
-# --- CPC ------------------------------------------------------------------------------------------------------------
-
-LIBRARY = "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6"
-
-
-@pytest.mark.parametrize(("extract", "terms"), [("", 5), (LIBRARY, 15), ("1,2,3,4,5,6", 6)])
-def test_cpc_of_zero_logits(extract, terms):
-    m, (v, batch) = build("cpc_v2", extract=extract), views()
-    torch.nn.init.zeros_(m.target.weight)
-    torch.nn.init.zeros_(m.target.bias)
-    assert m.loss(v, batch)["loss"].item() == approx(terms * math.log(49 * 8), rel=1e-6)
-
-
-def test_cpc_is_a_loop():
-    m, (v, batch) = build("cpc_v2", extract="2,3,3,6"), views(4)
-    grid, = m.backbone.maps(v[0])
-    context, targets = m.context(grid), m.target(grid)
-    everything = [targets[b, :, r, c] for b in range(4) for r in range(7) for c in range(7)]
-    slow = 0.0
-    for row, times in ((2, 1), (3, 2), (6, 1)):
-        terms = []
-        for b in range(4):
-            for r in range(7 - row):
-                for c in range(7):
-                    p = F.conv2d(context, m.predict[str(row)].weight, m.predict[str(row)].bias)[b, :, r, c]
-                    logits = 0.1 * torch.stack([p @ t for t in everything])
-                    terms.append(-logits.log_softmax(0)[49 * b + 7 * (r + row) + c])
-        slow += times * sum(terms).item() / len(terms)
-    assert m.loss(v, batch)["loss"].item() == approx(slow, rel=1e-5)
-
-
 def test_cpc_does_not_see_what_all_targets_share():
     m, (v, batch) = build("cpc_v2"), views()
     before = m.loss(v, batch)
@@ -347,14 +272,6 @@ def test_cpc_does_not_see_what_all_targets_share():
     assert torch.allclose(after["z"], before["z"], atol=1e-4) and before["z"].shape == (8, 8)
 
 
-def test_cpc_looks_at_the_first_view_alone_and_predicts_from_above():
-    m, (v, batch) = build("cpc_v2"), views()
-    assert torch.equal(m.loss(v, batch)["loss"], m.loss((v[0], v[1] * 0), batch)["loss"])
-    x = v[0].clone().requires_grad_()
-    seen, = torch.autograd.grad(m.context(m.backbone.maps(x)[0])[:, :, 0].sum(), x)
-    assert not seen[:, :, 8:].any()  # the first row of the grid lies within the first 8 rows of pixels
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e4])
 @pytest.mark.parametrize("method", OWN)
 def test_losses_are_finite_on_extreme_images(method, scale):
@@ -362,9 +279,6 @@ def test_losses_are_finite_on_extreme_images(method, scale):
     out = m.loss(tuple(scale * x for x in v), batch)
     out["loss"].backward()
     assert out["loss"].isfinite() and all(p.grad.isfinite().all() for p in m.parameters())
-
-
-# --- five choices ---------------------------------------------------------------------------------------------------
 
 
 def twins(one, other, steps=3):
@@ -422,7 +336,7 @@ def sentence(call, *parts):
     ({"extract": "03"}, ("'03'", "01,02,11")), ({"extract": "01, 02"}, ("'01, 02'",)), ({"extract": "00,00"}, ("once",)),
     ({"extract": "r0"}, ("'r0'",)), ({"extract": ""}, ("names its extract",)), ({"compare": "l2"}, ("'l2'", "cosine")),
     ({"loss": "hinge"}, ("'hinge'", "info_nce")), ({"size": 28}, ("32 pixels", "28")), ({"queue_length": 3}, ("queue_length",)),
-])  # fmt: skip
+])
 def test_compose_refuses_what_makes_no_sense(changes, parts):
     sentence(lambda: methods.compose(**{**CROSSED, **changes}), *parts)
 
@@ -445,20 +359,15 @@ def test_naming_a_methods_own_comparison_is_the_same_run():
     assert run("yadim", extract="01,02,11").extract == "01,02,11"
 
 
-# --- through the real loop ------------------------------------------------------------------------------------------
-
-
 def bare(record):
     epochs = [{k: v for k, v in e.items() if k not in ("seconds", "images_per_second")} for e in record["epochs"]]
     return {k: v for k, v in record.items() if k not in ("seconds", "provenance")} | {"epochs": epochs}
 
 
-@pytest.mark.parametrize("method", [*OWN, "0r"])
-def test_a_stopped_run_equals_one_that_was_not(method, tmp_path, monkeypatch):
-    """Adam's moments, the places drawn for the next step and the warm-up go on bit for bit."""
-    extra = {"extract": "0r"} if method == "0r" else {}
-    config = run("yadim" if method == "0r" else method, data=data.identify("digits"), pool=48, batch=16, epochs=2,
-                 schedule="steps", warmup=0.4, **ADAM, **extra)  # fmt: skip
+def test_a_stopped_run_equals_one_that_was_not(tmp_path, monkeypatch):
+    """Adam's moments, places and map drawn for the next step and the warm-up go on bit for bit. Others: test_lost."""
+    config = run("yadim", data=data.identify("digits"), pool=48, batch=16, epochs=2, schedule="steps", warmup=0.4,
+                 extract="0r", **ADAM)
     images, cpu = data.by_fingerprint(config.data), torch.device("cpu")
     whole = train.pretrain(config, images, tmp_path / "whole", device=cpu)
     steps, step = iter(range(1, 100)), torch.optim.Adam.step
@@ -471,39 +380,10 @@ def test_a_stopped_run_equals_one_that_was_not(method, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_loop_is_plain_adam(tmp_path):
-    """Two steps of the loop equal Adam typed here: L2 decay in the gradient, both moments, their correction, warm-up."""
-    config = run("yadim", data=data.identify("digits"), pool=32, batch=16, epochs=1, warmup=0.9, **ADAM | {"weight_decay": 0.1})
-    images = data.by_fingerprint(config.data)
-    one, two = (train.Run(config, images, torch.device("cpu")) for _ in range(2))
-    drawn = one.draw(0)
-    moments = {k: (torch.zeros_like(p), torch.zeros_like(p)) for k, p in two.method.named_parameters()}
-    start = {k: p.detach().clone() for k, p in two.method.named_parameters()}
-    for t, (a, b) in enumerate(one.bounds, 1):
-        one.advance(drawn, a, b)
-        i = drawn[0][a:b, 0]
-        params = tuple({k: v[a:b] for k, v in p.items()} for p in drawn[1:])
-        two.method.zero_grad()
-        two.forward(two.images[i], two.images[i], params, {"i": i, "j": i})[0]["loss"].backward()
-        two.method.after_step(**two.method.ahead(t, 2))
-        rate = 1e-3 * min(1, t / 1.8) * 0.5 * (1 + math.cos(math.pi * (t - 1) / 2))
-        with torch.no_grad():
-            for k, p in two.method.named_parameters():
-                g, (m, v) = p.grad + 0.1 * p, moments[k]
-                m.mul_(0.8).add_(0.2 * g)
-                v.mul_(0.999).add_(0.001 * g * g)
-                p -= rate * (m / (1 - 0.8**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-    for k, p in one.method.named_parameters():
-        assert (p - two.method.get_parameter(k)).norm() < 0.01 * (p - start[k]).norm(), k
-
-
 def test_lr_warms_up_and_drops():
     assert [lr_at(s, 300, 1.0, "steps") for s in (0, 249, 250, 279, 280, 299)] == approx([1, 1, 0.2, 0.2, 0.04, 0.04])
     assert [lr_at(s, 100, 2.0, "constant", 0.1) for s in (0, 4, 9, 10, 99)] == approx([0.2, 1, 2, 2, 2])
     assert lr_at(50, 100, 0.03, "cosine", 0.1) == lr_at(50, 100, 0.03)
-
-
-# --- augmentation ---------------------------------------------------------------------------------------------------
 
 
 def test_translate_is_a_reflected_shift():
@@ -522,9 +402,6 @@ def test_amdims_views_share_the_flip_and_nothing_else():
     assert torch.equal(a1["flip"], a2["flip"]) and not torch.equal(y1["flip"], y2["flip"])
     assert all(torch.equal(a1[k], y1[k]) for k in a1) and not torch.equal(a1["translate"], a2["translate"])
     assert augment.VIEWS["cpc_patches"].second == ()
-
-
-# --- the figure's numbers -------------------------------------------------------------------------------------------
 
 
 def test_a_run_says_where_it_departs_from_its_method():
@@ -551,7 +428,7 @@ def test_the_experiment_varies_one_axis_at_a_time():
             found.setdefault((r.method, axis), set()).add(choice)
     assert {k: len(v) for k, v in found.items()} == {
         ("yadim", "augment"): 2, ("yadim", "encode"): 2, ("yadim", "extract"): 3, ("amdim", "encode"): 2,
-        ("amdim", "extract"): 3, ("cpc_v2", "encode"): 2, ("cpc_v2", "extract"): 3}  # fmt: skip
+        ("amdim", "extract"): 3, ("cpc_v2", "encode"): 2, ("cpc_v2", "extract"): 3}
     made = [methods.varied(r) for r in runs if r.method == "composed"]
     assert len(made) == 5 and made[2:] == [{}, {"compare": "cosine"}, {"loss": "info_nce"}]
     bare = {r.backbone for r in runs if r.method == "untrained"}
@@ -565,14 +442,14 @@ def frame():
             ("amdim", "encode: resnet34", 1, 50.0), ("amdim", "extract: 00", 0, 10.0), ("yadim", "", 0, 60.0),
             ("yadim", "", 1, 60.0), ("yadim", "encode: amdim", 0, 61.0), ("yadim", "encode: amdim", 1, 57.0),
             ("composed", "loss: info_nce", 0, 55.0), ("composed", "", 0, 60.0), ("composed", "", 1, 60.0),
-            ("composed", "augment: amdim; encode: amdim; extract: 01,02,11", 1, 51.5)]  # fmt: skip
+            ("composed", "augment: amdim; encode: amdim; extract: 01,02,11", 1, 51.5)]
     return pd.DataFrame([{"method": m, "varied": v, "seed": s, "accuracy": a, "kind": "logistic", "display": "digits",
                           "labels": 1.0, "run_key": f"{m} {v} {s}", "error": 0.5, "right": "", "repeats": 1}
-                         for m, v, s, a in rows])  # fmt: skip
+                         for m, v, s, a in rows])
 
 
 def test_choices_are_a_methods_own_and_those_that_differ_on_one_axis():
-    found = {axis: rows for axis, rows in published.choices(frame(), "yadim")}
+    found = {axis: rows for axis, rows in claims.choices(frame(), "yadim")}
     assert list(found) == ["encode", "loss"]
     assert found["encode"]["choice"].tolist() == ["", "", "amdim", "amdim"]
     assert found["encode"]["own"].tolist() == [True, True, False, False]
@@ -580,11 +457,11 @@ def test_choices_are_a_methods_own_and_those_that_differ_on_one_axis():
 
 
 def test_claims_of_the_framework():
-    robust, special = ({case: d.seeds.tolist() for case, d in published.CLAIMS[name](frame())}
-                       for name in ("yadim_robust", "special_cases"))  # fmt: skip
-    assert robust == {"digits, 100 %, encode, against amdim": [5.0, 1.0]}
-    assert special["digits, 100 %, amdim"] == [0.5] and special["digits, 100 %, yadim"] == [0.0, 0.0]
-    assert not special["digits, 100 %, simclr"]
+    rows = [ROW | r | {"epoch": 1, "of": 1} for r in frame().to_dict("records")]
+    robust, special = (judged(rows, words)[["difference", "n"]].T.to_dict("list")
+                       for words in ("YADIM-like", "the methods are special cases"))  # fmt: skip
+    assert robust == {"digits, 100 %, encode, against amdim": [3.0, 2]}
+    assert special == {"digits, 100 %, amdim": [0.5, 1], "digits, 100 %, yadim": [0.0, 2]}
 
 
 def test_cost_counts_parameters_and_what_a_step_keeps():
@@ -617,7 +494,7 @@ def test_cost_counts_the_arithmetic_of_a_step():
         assert train.cost(config.replace(batch=batch), images)["gflop"] == approx(total / 1e9, abs=5e-6)
 
 
-def test_a_composed_run_trains_is_read_and_is_drawn(store):
+def test_a_composed_run_trains_is_read_and_is_drawn(own_store):
     """What the notebook's last cells do, and both figures from the CSV beside them."""
     from sidae_lib import runs
     from sidae_lib.config import EvalConfig
@@ -630,23 +507,23 @@ def test_a_composed_run_trains_is_read_and_is_drawn(store):
     wanted = [made, *own.values(), own["yadim"].replace(extract="11")]
     evals = [EvalConfig(run=r, kind=k, labels=0.2) for r in wanted for k in ("logistic", "knn")]
     records = runs.fetch_all([*wanted, *evals], device="cpu", log=lambda _: None)
-    table = figures.summary(figures.evaluations(records[len(wanted):]))
+    table = frames.summary(frames.evaluations(records[len(wanted):]))
     logistic = table[table["kind"] == "logistic"]
     figures.save(figures.five_axes(logistic), "five_axes", "smoke", logistic)
     costs = {m: {"parameters": 5, "mib": 1.5, "gflop": g} for m, g in (("yadim", 0.5), ("simsiam", 0.1))}
-    side = figures.side_by_side(records, costs)
+    side = frames.side_by_side(records, costs)
     figures.save(figures.accuracy_vs_cost(side), "five_axes_cost", "smoke", side)
     slow = records[2] | {"provenance": {"device": "another machine", "threads": 1}, "seconds": 1e6}
-    assert list(figures.side_by_side([*records, slow], {})["seconds"]) == list(side["seconds"])
+    assert list(frames.side_by_side([*records, slow], {})["seconds"]) == list(side["seconds"])
     elsewhere = [slow if r is records[2] else r for r in records]  # SimSiam was trained on another machine alone
-    timed = figures.side_by_side(elsewhere, {}).set_index("method")
+    timed = frames.side_by_side(elsewhere, {}).set_index("method")
     assert np.isnan(timed.loc["simsiam", "seconds"]) and timed.loc["simsiam", "timed_on"] == "not timed there"
-    assert timed.loc["yadim", "timed_on"] == figures.hardware(records[0]["provenance"])
+    assert timed.loc["yadim", "timed_on"] == frames.hardware(records[0]["provenance"])
     assert set(side["method"]) == {"yadim", "simsiam"} and side.set_index("method").loc["yadim", "untrained"] > 0
     for name, draw in (("five_axes", figures.five_axes), ("five_axes_cost", figures.accuracy_vs_cost)):
-        again = draw(pd.read_csv(store / "figures" / "smoke" / f"{name}.csv")).axes[0]
+        again = draw(pd.read_csv(own_store / "figures" / "smoke" / f"{name}.csv")).axes[0]
         once = draw(logistic if name == "five_axes" else side).axes[0]
-        assert again.get_title() == once.get_title() and len(again.lines) == len(once.lines) > 3
+        assert again.get_title() == once.get_title() and len(again.lines) == len(once.lines) >= 3
         for a, b in zip(again.lines, once.lines):
             assert a.get_xydata() == approx(b.get_xydata(), nan_ok=True)
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import mutants
 import pytest
@@ -26,7 +27,7 @@ def test_there_are_thirty_six_and_every_area_is_among_them():
 def test_a_mutant_can_be_made_and_its_tests_are_there(m):
     assert not mutants.wrong(m) and m.new != m.old
     text = (ROOT / m.file).read_text().replace(m.old, m.new)
-    ast.parse(text) if m.file.endswith(".py") else json.loads(text)  # it does not merely crash
+    {".py": ast.parse, ".ipynb": json.loads}.get(Path(m.file).suffix, str)(text)  # it does not merely crash
     assert all(map(there, m.tests.split())), m.tests
     assert m.tests.startswith("tests/") or m.tests == m.file
 
@@ -40,7 +41,8 @@ def test_what_cannot_be_tried_is_a_sentence(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_what_is_killed_what_lives_and_what_takes_too_long(monkeypatch, capsys):
-    file, old, test = "sidae_lib/losses.py", "return scale * (a @ b.mT)", "tests/test_maps.py::test_similarities"
+    file, old = "sidae_lib/losses.py", "return scale * (a.float() @ b.float().mT)"
+    test = "tests/test_losses.py::test_dot_and_soft_clip"
     before = (ROOT / file).read_bytes()
     monkeypatch.setattr(mutants, "MUTANTS", [Mutant("a.fault", file, old, "return a @ b.mT", test),
                                              Mutant("a.no_fault", file, old, "return (a @ b.mT) * scale", test)])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from pytest import approx
 from safetensors.torch import save_file
 from torch import nn
 
-from sidae_lib import methods, networks
+from sidae_lib import methods, networks, small_maps
 from sidae_lib.config import RunConfig, SidaeError
-from sidae_lib.networks import Decoder, Doubling, ResNet, SmallCNN, predictor, projector, z_std
+from sidae_lib.methods.contrastive import SplitBatchNorm
+from sidae_lib.networks import Decoder, ResNet, SmallCNN, predictor, projector, z_std
+from sidae_lib.small_maps import Conv, Doubling
 
 
 def noise(*shape, seed=0):
@@ -31,9 +34,6 @@ def map_of(net, layer, x):
     layer.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape[1:])))
     net.eval()(x)
     return shapes[0]
-
-
-# --- counts and shapes ----------------------------------------------------------------------------------------------
 
 
 def test_resnet18_has_torchvisions_parameters():
@@ -137,9 +137,6 @@ def test_projector_and_predictor():
     assert p.shape == (128, 64) and torch.linalg.matrix_rank(p - p.mean(0), tol=1e-3) <= 8  # a bottleneck
 
 
-# --- torchvision ----------------------------------------------------------------------------------------------------
-
-
 def test_weights_load_into_torchvision():
     ours, theirs = ResNet(), torchvision.models.resnet18()
     ours(noise(8, 3, 32, 32))  # moves the running statistics
@@ -153,18 +150,6 @@ def test_weights_load_into_torchvision():
         assert torch.allclose(ours(x), theirs(x), atol=1e-5)  # sums are taken in another order
 
 
-def test_weights_are_drawn_as_torchvisions():
-    torch.manual_seed(0)
-    theirs = torchvision.models.resnet18().state_dict()
-    for k, v in ResNet().state_dict().items():
-        assert v.float().mean().item() == approx(theirs[k].float().mean().item(), abs=0.02), k
-        if v.numel() > 5000:
-            assert v.std().item() == approx(theirs[k].std().item(), rel=0.05), k
-
-
-# --- small maps -----------------------------------------------------------------------------------------------------
-
-
 def same(ours, theirs, x, g):
     """Both functions and every gradient of theirs, to rounding in float64; returns our gradient of the weight."""
     tensors = [[x, *m.parameters()] for m in (ours, theirs)]
@@ -176,7 +161,7 @@ def same(ours, theirs, x, g):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Products on every map, not only where they pay."""
-    monkeypatch.setattr(networks, "multiplied", lambda *_: True)
+    monkeypatch.setattr(small_maps, "multiplied", lambda *_: True)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -185,7 +170,7 @@ def everywhere(monkeypatch):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_a_convolution_as_a_product_is_torchs_own(size, kernel, stride, bias, everywhere):
     theirs = nn.Conv2d(7, 9, kernel, stride, kernel // 2, bias=bias).double()
-    ours = networks.Conv(7, 9, kernel, stride, kernel // 2, bias=bias).double()
+    ours = Conv(7, 9, kernel, stride, kernel // 2, bias=bias).double()
     ours.load_state_dict(theirs.state_dict())
     few = (size - 1) // stride + 1
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -214,18 +199,18 @@ def test_where_convolutions_are_products():
     """A function of map, kernel, precision and device type, which a resumed run asks again: on a CPU alone, few at most 2, in
     bfloat16 also from 8 to 4."""
     bf16, asked = torch.bfloat16, list(itertools.product(range(1, 9), (1, 3, 7)))
-    assert not any(networks.multiplied(few, 2 * few, k, t, d) for few, k in asked for t in (torch.float32, bf16)
-                   for d in ("cuda", "meta", "mps"))  # fmt: skip
-    assert all(networks.multiplied(few, 2 * few, k, bf16, "cpu") == (few <= 4) for few, k in asked)
+    assert not any(small_maps.multiplied(few, 2 * few, k, t, d) for few, k in asked for t in (torch.float32, bf16)
+                   for d in ("cuda", "meta", "mps"))
+    assert all(small_maps.multiplied(few, 2 * few, k, bf16, "cpu") == (few <= 4) for few, k in asked)
     for (few, wide), t in itertools.product(((1, 1), (2, 2), (1, 2), (2, 3)), (torch.float32, bf16)):
-        assert networks.multiplied(few, wide, 3, t, "cpu") and few**2 * wide**2 <= 9 * few**2  # no more entries than taps
-    assert not networks.multiplied(2, 4, 3, torch.float32, "cpu") and networks.multiplied(2, 4, 1, torch.float32, "cpu")
-    assert not networks.multiplied(4, 8, 1, torch.float32, "cpu")
-    assert not any(networks.multiplied(few, few, 3, t, "cpu") for few in (3, 4, 8) for t in (torch.float32, bf16))
+        assert small_maps.multiplied(few, wide, 3, t, "cpu") and few**2 * wide**2 <= 9 * few**2  # no more entries than taps
+    assert not small_maps.multiplied(2, 4, 3, torch.float32, "cpu") and small_maps.multiplied(2, 4, 1, torch.float32, "cpu")
+    assert not small_maps.multiplied(4, 8, 1, torch.float32, "cpu")
+    assert not any(small_maps.multiplied(few, few, 3, t, "cpu") for few in (3, 4, 8) for t in (torch.float32, bf16))
 
 
-HALVING = [lambda: networks.Conv(24, 40, 1, 2, bias=False), lambda: networks.Conv(24, 40, 3, 2, 1, bias=False),
-           lambda: networks.Conv(24, 40, 3, 2, 1), lambda: Doubling(24, 40), lambda: Doubling(24, 40, True)]  # fmt: skip
+HALVING = [lambda: Conv(24, 40, 1, 2, bias=False), lambda: Conv(24, 40, 3, 2, 1, bias=False),
+           lambda: Conv(24, 40, 3, 2, 1), lambda: Doubling(24, 40), lambda: Doubling(24, 40, True)]
 
 
 @pytest.mark.parametrize(("make", "size", "compiled"), [
@@ -243,7 +228,7 @@ def test_in_bfloat16_small_maps_round_as_torchs_own(make, size, compiled, monkey
     def out(bf16, own):
         with monkeypatch.context() as m, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if not own:
-                m.setattr(networks, "multiplied", lambda *_: False)
+                m.setattr(small_maps, "multiplied", lambda *_: False)
             run = torch.compile(layer.forward, fullgraph=True, dynamic=False) if own and compiled else layer
             ys = [run(x) for x in views]
         return [*ys, *torch.autograd.grad(ys, [*views, *layer.parameters()], [g.to(y.dtype) for y in ys])]
@@ -258,12 +243,12 @@ def test_in_bfloat16_small_maps_round_as_torchs_own(make, size, compiled, monkey
 @pytest.mark.parametrize(("bf16", "products"), [(False, 10), (True, 15)])
 def test_the_papers_networks_on_small_maps(bf16, products, monkeypatch):
     """The last two stages and the decoder's first layers, in bfloat16 from 8 to 4 too, which compute in it as torch's own."""
-    seen, rule = [], networks.multiplied
-    monkeypatch.setattr(networks, "multiplied", lambda *asked: seen.append(rule(*asked)) or seen[-1])
+    seen, rule = [], small_maps.multiplied
+    monkeypatch.setattr(small_maps, "multiplied", lambda *asked: seen.append(rule(*asked)) or seen[-1])
     net = nn.Sequential(ResNet(width=8), nn.Linear(64, 16), Decoder(16, width=64)).to(memory_format=torch.channels_last)
     types = []
     for m in net.modules():
-        if isinstance(m, (networks.Conv, Doubling)):
+        if isinstance(m, (Conv, Doubling)):
             m.register_forward_hook(lambda m, args, out: types.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         net(noise(4, 3, 32, 32))
@@ -271,7 +256,7 @@ def test_the_papers_networks_on_small_maps(bf16, products, monkeypatch):
 
 
 def test_maps_that_are_not_square_are_torchs_own():
-    x, ours = noise(2, 3, 1, 2), networks.Conv(3, 5, 3, 1, 1)
+    x, ours = noise(2, 3, 1, 2), Conv(3, 5, 3, 1, 1)
     assert torch.equal(ours(x), F.conv2d(x, ours.weight, ours.bias, 1, 1))
     ours = Doubling(3, 5)
     assert torch.equal(ours(x), F.conv_transpose2d(x, ours.weight, None, 2, 1, 1))
@@ -286,7 +271,7 @@ def test_initial_weights_are_those_of_torchvision_bit_for_bit(zero_init):
     torch.manual_seed(3)
     ours = ResNet(zero_init=zero_init)
     assert torch.equal(torch.get_rng_state(), after)
-    assert all(type(m) is networks.Conv for m in ours.modules() if isinstance(m, nn.Conv2d))
+    assert all(type(m) is Conv for m in ours.modules() if isinstance(m, nn.Conv2d))
     assert [k for k in theirs if "fc" not in k] == list(ours.state_dict())
     assert all(torch.equal(v, theirs[k]) for k, v in ours.state_dict().items())
 
@@ -302,9 +287,6 @@ def test_zero_init_is_one_weight_a_block_and_another_start_of_the_same_network(n
     assert torch.equal(zero.layer1(x), x) and not torch.equal(plain.layer1(x), x)  # a block is its shortcut
     method = methods.build(configs[1])  # whose BatchNorm sees parts of the batch apart, and is a layer of its own
     assert not any(method.backbone.get_parameter(k).any() or method.keys[0].get_parameter(k).any() for k in moved)
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
 
 
 CONFIGS = [
@@ -346,45 +328,34 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def damage(kind: str, path: Path, bomb: Path) -> None:
-    net = networks.backbone(CONFIGS[0])
-    whole = saved(path, CONFIGS[0], net).read_bytes()
-    meta = {"config": CONFIGS[0].to_dict(), "mean": [0.5], "std": [0.2]}
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps({"state_dict": Bomb(bomb)}))
-    elif kind == "torch.save":
-        torch.save({"state_dict": Bomb(bomb)}, path)
-    elif kind == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "directory":
-        path.unlink()
-        path.mkdir()
-    elif kind == "plain safetensors":
-        save_file(net.state_dict(), path)
-    elif kind == "metadata is no JSON":
-        save_file(net.state_dict(), path, {"sidae": "{"})
-    elif kind == "metadata is a list":
-        save_file(net.state_dict(), path, {"sidae": "[1]"})
-    elif kind == "no statistics":
-        save_file(net.state_dict(), path, {"sidae": json.dumps({"config": meta["config"]})})
-    elif kind == "unknown field":
-        save_file(net.state_dict(), path, {"sidae": json.dumps(meta | {"config": {"method": "x", "data": "", "y": 1}})})
-    elif kind == "a weight is missing":
-        save_file({k: v for k, v in net.state_dict().items() if k != "bn1.bias"}, path, {"sidae": json.dumps(meta)})
-    elif kind == "other widths":
-        save_file(ResNet(width=4).state_dict(), path, {"sidae": json.dumps(meta)})
+def written(weights: dict, metadata: dict):
+    """A safetensors file; metadata as JSON, unless it is text."""
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    return lambda path, bomb: save_file(weights, path, text)
 
 
-KINDS = ["pickle", "torch.save", "truncated", "empty", "directory", "plain safetensors", "metadata is no JSON",
-         "metadata is a list", "no statistics", "unknown field", "a weight is missing", "other widths"]  # fmt: skip
+META = {"config": CONFIGS[0].to_dict(), "mean": [0.5], "std": [0.2]}
+WEIGHTS = networks.backbone(CONFIGS[0]).state_dict()
+DAMAGED = {
+    "pickle": lambda path, bomb: path.write_bytes(pickle.dumps({"state_dict": Bomb(bomb)})),
+    "torch.save": lambda path, bomb: torch.save({"state_dict": Bomb(bomb)}, path),
+    "truncated": lambda path, bomb: (written(WEIGHTS, {"sidae": META})(path, bomb), os.truncate(path, 5000)),
+    "empty": lambda path, bomb: path.touch(),
+    "directory": lambda path, bomb: path.mkdir(),
+    "plain safetensors": written(WEIGHTS, {}),
+    "metadata is no JSON": written(WEIGHTS, {"sidae": "{"}),
+    "metadata is a list": written(WEIGHTS, {"sidae": [1]}),
+    "no statistics": written(WEIGHTS, {"sidae": {"config": META["config"]}}),
+    "unknown field": written(WEIGHTS, {"sidae": META | {"config": {"method": "x", "data": "", "y": 1}}}),
+    "a weight is missing": written({k: v for k, v in WEIGHTS.items() if k != "bn1.bias"}, {"sidae": META}),
+    "other widths": written(ResNet(width=4).state_dict(), {"sidae": META}),
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_a_file_that_is_no_backbone_is_one_sentence_and_nothing_is_unpickled(kind, tmp_path):
     path, bomb = tmp_path / "backbone-e003.safetensors", tmp_path / "exploded"
-    damage(kind, path, bomb)
+    DAMAGED[kind](path, bomb)
     with pytest.raises(SidaeError) as error:
         networks.load(path)
     assert "\n" not in str(error.value) and str(error.value).endswith(".") and not bomb.exists()
@@ -398,9 +369,6 @@ def test_the_bomb_is_live(tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(SidaeError, match=r"^There is no file .*backbone-e007\.safetensors; .*\.$"):
         networks.load(tmp_path / "backbone-e007.safetensors")
-
-
-# --- z_std ----------------------------------------------------------------------------------------------------------
 
 
 def spread(z):
@@ -418,12 +386,10 @@ def test_z_std():
     assert spread(z) == approx(nn.functional.normalize(z.double(), dim=1).std(0, correction=0).mean().item(), rel=1e-9)
 
 
-# --- BatchNorm in splits ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("splits", [1, 2, 4])
 def test_split_batchnorm_is_batchnorm_on_every_split(splits):
-    ours, x = networks.SplitBatchNorm(3, splits), 2 + 3 * noise(8, 3, 5, 4)
+    ours, x = nn.BatchNorm2d(3), 2 + 3 * noise(8, 3, 5, 4)
+    ours.__class__, ours.splits = SplitBatchNorm, splits
     with torch.no_grad():
         ours.weight.copy_(noise(3, seed=1))
         ours.bias.copy_(noise(3, seed=2))
@@ -445,15 +411,14 @@ def test_split_batchnorm_is_batchnorm_on_every_split(splits):
     assert torch.equal(ours.eval()(x), plain(x))  # probes see no splits
 
 
-@pytest.mark.parametrize("build", [ResNet, SmallCNN])
-def test_split_batchnorm_keeps_every_name(build):
-    torch.manual_seed(0)
-    net = build()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    networks.split_batchnorm(net, 2)
-    after = net.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+@pytest.mark.parametrize("backbone", ["resnet18", "small_cnn"])
+def test_split_batchnorm_keeps_every_name(backbone):
+    fields = {"data": "0", "backbone": backbone, "width": 8}
+    plain, net = (torch.manual_seed(0) and methods.build(RunConfig(method=m, **fields)).backbone
+                  for m in ("simclr", "moco_v2"))
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in plain.state_dict().items())
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(isinstance(m, networks.SplitBatchNorm) and m.splits == 2 for m in norms)
-    x = noise(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(net(x), net.to(memory_format=torch.channels_last)(x), atol=1e-2)  # a group of four: noisy
+    assert norms and all(isinstance(m, SplitBatchNorm) and m.splits == 8 for m in norms)
+    x = noise(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(net(x), net.to(memory_format=torch.channels_last)(x), atol=1e-2)  # groups of four: noisy

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from nbval.plugin import find_comment_markers
 
-from sidae_lib import experiments, figures, losses, runs
+from sidae_lib import experiments, figures, losses, methods, store
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -125,7 +125,7 @@ def validate(folder: Path, notebooks: list[Path], edit: tuple[str, str, str] | N
 @pytest.mark.slow
 @pytest.mark.parametrize("notebooks, edit", [
     ([0, 1], None),
-    ([0, 1], ("experiments.py", '"pred_hidden": 16', '"pred_hidden": 17')),
+    ([0, 1], ("scales.py", '"pred_hidden": 16', '"pred_hidden": 17')),
     ([0], ("config.py", "lr: float = 0.03 ", "lr: float = 0.04 ")),  # not in the key, by design: the whole config is shown
 ])
 def test_validation_fails_on_a_changed_default_alone(tmp_path, notebooks, edit):
@@ -134,23 +134,23 @@ def test_validation_fails_on_a_changed_default_alone(tmp_path, notebooks, edit):
 
 
 @pytest.mark.slow
-def test_two_kernels_train_each_run_once_and_more_seeds_reach_the_figure(store):
+def test_two_kernels_train_each_run_once_and_more_seeds_reach_the_figure(own_store):
     """Through papermill, as a batch run does it: two readers at once, then one who reads what they have recorded."""
     notebook = ROOT / "notebooks" / "01_accuracy_vs_epochs.ipynb"
 
     def execute(name: str, seeds: list[int]) -> str:
         parameters = {"datasets": ["digits"], "seeds": seeds, "device": "cpu"}
-        out = papermill.execute_notebook(notebook, store / f"{name}.ipynb", parameters, kernel_name="python3", cwd=store,
-                                         progress_bar=False)  # fmt: skip
+        out = papermill.execute_notebook(notebook, own_store / f"{name}.ipynb", parameters, kernel_name="python3",
+                                         cwd=own_store, progress_bar=False)  # fmt: skip
         return "".join(printed(c) for c in out.cells if "outputs" in c)
 
     def table() -> pd.DataFrame:
-        return pd.read_csv(store / "figures" / "smoke" / "accuracy_vs_epochs.csv")
+        return pd.read_csv(own_store / "figures" / "smoke" / "accuracy_vs_epochs.csv")
 
     with ThreadPoolExecutor() as pool:
         both = "\n".join(pool.map(execute, ("one", "other"), ([0], [0])))
     trained = re.findall(r"trained \w+ (\w{16}) in", both)
-    assert sorted(trained) == sorted(r["key"] for r in runs.every("record"))
+    assert sorted(trained) == sorted(r["key"] for r in store.every("run"))
     assert both.count("records are computed now") == 2
     one = table()
     assert "54 records are computed now, 54 are read" in execute("more", [0, 1])
@@ -190,7 +190,7 @@ def test_the_walk_stops_the_gradient_where_the_library_does():
 
 def test_the_reports_chart_shows_our_means():
     """Notebook 07's marks and lines, where numbers, errors and the report's own numbers are told apart."""
-    shown = cell(7, "def dots", figures=figures, VIEWS={"none": "none", "report_simclr": "SimCLR's"})
+    shown = cell(7, "def dots", figures=figures, methods=methods, VIEWS={"none": "none", "report_simclr": "SimCLR's"})
     own = pd.DataFrame({"augment": ["report_simclr", "none"], "mean": [60.0, 50.0], "se": [1.0, 2.0], "published": [70, 80]})
     ax = plt.figure().subplots()
     shown["dots"](ax, own, "o", "", 0.1)
@@ -203,7 +203,7 @@ def test_the_reports_chart_shows_our_means():
 def test_what_a_histogram_draws_adds_up_to_its_pairs():
     """Notebook 07, of the published numbers: the heights of the bars that are drawn, read back from their outline."""
     hist = pd.read_csv(ROOT / "figures" / "laptop" / "pairwise_vs_triplet_pairs.csv")
-    steps = cell(7, "def steps", COLOURS=figures.COLOURS)["steps"]
+    steps = cell(7, "def steps", COLOURS=methods.COLOURS)["steps"]
     for _, rows in hist.groupby("panel"):
         ax = plt.figure().subplots()
         steps(ax, rows)

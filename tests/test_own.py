@@ -13,16 +13,16 @@ from PIL import Image
 from pytest import approx
 from scipy import stats
 
-from sidae_lib import augment, data, experiments, figures, methods, networks, own, runs
+from sidae_lib import augment, data, experiments, frames, methods, networks, own, runs, store
 from sidae_lib.config import EvalConfig, SidaeError
 from sidae_lib.data import Split
 
 
 @pytest.fixture(autouse=True)
-def place(store, monkeypatch):
-    monkeypatch.setenv("SIDAE_DATA", str(store / "data"))
+def place(own_store, monkeypatch):
+    monkeypatch.setenv("SIDAE_DATA", str(own_store / "data"))
     monkeypatch.setattr(data, "_names", {})
-    return store
+    return own_store
 
 
 def noise(rng, *shape):
@@ -196,7 +196,7 @@ def test_eight_images_and_more_labels_than_there_are(place):
     maps = EvalConfig(run=configs[0], kind="tsne", perplexity=0.5)
     *records, near = runs.fetch_all([*evals, maps], log=lambda _: None)
     assert "6 labels (2 seeds, 2 test images)" in own.verdict(records, plan.labels)[0]
-    assert len(near["tsne"]["xy"]) == len(figures.points([near])) / 2 == 2
+    assert len(near["tsne"]["xy"]) == len(frames.points([near])) / 2 == 2
 
 
 @pytest.mark.parametrize(("n", "batch"), [(2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (63, 8), (64, 16), (255, 32), (256, 64),
@@ -297,7 +297,7 @@ def test_a_card_stands_beside_the_backbone_and_its_lines_load_it(place, monkeypa
     records = runs.fetch_all([*both, *evals], device="cpu", log=lambda _: None)
     records[2]["accuracy"], records[4]["accuracy"] = a = np.array([70.0, 71.5])  # a set as easy as this leaves no interval
     path = own.card(both[0], images, records, 40)
-    text, weights = path.read_text(), runs.backbone(both[0])
+    text, weights = path.read_text(), store.backbone(both[0])
     assert path == weights.with_suffix(".md") and {f.name for f in path.parent.iterdir()} >= {path.name, weights.name}
     half = math.hypot(stats.t.isf(0.025, 1) * a.std(ddof=1) / 2**0.5, 100 * stats.norm.isf(0.025) * math.sqrt(
         0.7075 * 0.2925 / 32))  # fmt: skip
@@ -371,10 +371,10 @@ def test_hidden_is_a_loop():
 
 
 def test_views_without_an_augmentation_lack_only_it():
-    kinds = lambda name: [type(op).__name__ for op in augment.VIEWS[name].first]  # noqa: E731
-    assert kinds("simsiam_cifar_without_flip") == ["ColorJitter", "RandomResizedCrop", "Greyscale"]
-    assert kinds("simsiam_cifar_without_colour") == ["RandomResizedCrop", "Flip"]
-    assert kinds("simsiam_grey_without_flip_colour") == ["RandomResizedCrop", "GaussianBlur"]
+    kinds = lambda name: [op.name for op in augment.VIEWS[name].first]  # noqa: E731
+    assert kinds("simsiam_cifar_without_flip") == ["jitter", "crop", "grey"]
+    assert kinds("simsiam_cifar_without_colour") == ["crop", "flip"]
+    assert kinds("simsiam_grey_without_flip_colour") == ["crop", "blur"]
 
 
 def test_a_time_budget_sets_the_length():

@@ -11,7 +11,7 @@ from pytest import approx
 from safetensors.torch import load_file
 from scipy import stats
 
-from sidae_lib import data, experiments, methods, networks, pairs, runs, train
+from sidae_lib import data, experiments, methods, networks, pairs, runs, store, train
 from sidae_lib.config import EvalConfig, SidaeError
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_the_one_recorded_list_that_had_lost_a_pair_is_asked_for_anew():
     (anew,) = (e for e in asked if e.pair_recipe == 2)
     old = anew.replace(pair_recipe=1)
     assert old not in asked and (anew.run.seed, anew.epoch, anew.augment) == (2, 0, "simclr")
-    assert [4511, 48661] not in [p[:2] for p in runs.find(old)["pairs"]["list"]]  # the old record stays readable
+    assert [4511, 48661] not in [p[:2] for p in store.find(old)["pairs"]["list"]]  # the old record stays readable
 
 
 def test_ordered_lists_both_directions():
@@ -248,7 +248,7 @@ def test_interval_at_the_ends_lies_in_range():
 
 
 @pytest.fixture
-def config(store):
+def config(own_store):
     return experiments.run("simsiam", "digits", "smoke", epochs=1)
 
 
@@ -260,7 +260,7 @@ def test_embeddings_are_the_projections_of_images_as_they_are(config):
     trained(config)
     images = data.by_fingerprint(config.data)
     x = images.split("train").images[:300]
-    state = load_file(runs.backbone(config))
+    state = load_file(store.backbone(config))
     model = methods.build(config).eval()
     model.backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("projector.")})
     model.projector.load_state_dict({k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")})
@@ -268,25 +268,25 @@ def test_embeddings_are_the_projections_of_images_as_they_are(config):
     with torch.no_grad():
         slow = torch.cat([model.projector(model.backbone((one[None] / 255 - mean) / std)) for one in x[:20]])
     random = torch.get_rng_state()
-    z = pairs.embed(runs.backbone(config), x, CPU)
+    z = pairs.embed(store.backbone(config), x, CPU)
     assert z.shape == (300, config.dim) and torch.allclose(z[:20], slow, atol=1e-5)
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_an_untrained_network_is_embedded_by_its_backbone(store):
+def test_an_untrained_network_is_embedded_by_its_backbone(own_store):
     config = experiments.run("untrained", "digits", "smoke")
     trained(config)
     x = data.by_fingerprint(config.data).split("train").images[:20]
-    assert pairs.embed(runs.backbone(config), x, CPU).shape == (20, 32)
+    assert pairs.embed(store.backbone(config), x, CPU).shape == (20, 32)
 
 
-def test_a_backbone_file_with_its_head_still_loads_into_torchvision(store):
+def test_a_backbone_file_with_its_head_still_loads_into_torchvision(own_store):
     config = experiments.run("simsiam", "digits", "smoke", epochs=0, width=64, backbone="resnet18")
     trained(config)
     theirs = torchvision.models.resnet18()
-    missing, unexpected = theirs.load_state_dict(load_file(runs.backbone(config)), strict=False)
+    missing, unexpected = theirs.load_state_dict(load_file(store.backbone(config)), strict=False)
     assert set(missing) == {"fc.weight", "fc.bias"} and all(k.startswith("projector.") for k in unexpected)
-    ours = networks.load(runs.backbone(config))
+    ours = networks.load(store.backbone(config))
     theirs.fc = torch.nn.Identity()
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(ours(x), theirs.eval()(x), atol=1e-5)  # sums are taken in another order
@@ -304,24 +304,24 @@ def recipe(config, **changes):
 def test_the_encoder_is_trained_first_and_the_record_tells_what_it_found(config):
     mined = recipe(config)
     record = trained(mined)
-    assert runs.find(config)["key"] == config.key()  # nobody asked for it
+    assert store.find(config)["key"] == config.key()  # nobody asked for it
     images = data.by_fingerprint(config.data)
     rows = data.subset(1437, count=256, seed=0)
     rows = rows[data.subset(256, fraction=0.5, seed=0)]  # half of the pool
-    z = pairs.embed(runs.backbone(config), images.split("train").images[rows], CPU)
+    z = pairs.embed(store.backbone(config), images.split("train").images[rows], CPU)
     best = sorted(dense(z, -1, 0.9999).items(), key=lambda p: -p[1])[:30]
     extra = train.training_pairs(mined, images, CPU)[1]
     assert set(listed(extra)) == {(rows[i].item(), rows[j].item()) for (i, j), _ in best}
     assert record["pairs"]["hash"] == pairs.report(extra)["hash"] and record["pairs"]["unordered"] == 30
     labels = images.split("train").labels
     assert record["pairs"]["accuracy"] == approx(100 * (labels[extra.i] == labels[extra.j]).double().mean().item(), abs=1e-3)
-    assert "pairs" not in runs.find(config)
+    assert "pairs" not in store.find(config)
 
 
 def test_an_epoch_of_the_encoder(config):
     """Epoch 0 is the untrained network: other embeddings, other pairs."""
     hashes = {trained(recipe(config, encoder_epoch=e, pair_high=1.0))["pairs"]["hash"] for e in (0, 1)}
-    assert len(hashes) == 2 and runs.backbone(config, 0).exists()
+    assert len(hashes) == 2 and store.backbone(config, 0).exists()
 
 
 @pytest.mark.parametrize("kind", ["random", "wrong", "oracle"])
@@ -358,7 +358,7 @@ def test_images_and_pairs_are_drawn_evenly_and_lambda_thins_the_pairs(config):
         assert (extra / own).item() == approx(weight, rel=0.05)
 
 
-def test_view_2_and_its_target_come_from_image_j(store):
+def test_view_2_and_its_target_come_from_image_j(own_store):
     """SidAE's second target is image j."""
     config = experiments.run("sidae", "digits", "smoke", pairs="wrong", pair_count=200, pair_share=1.0, augment="none")
     run = train.Run(config, data.by_fingerprint(config.data), CPU)
@@ -379,21 +379,21 @@ def test_too_few_pairs_say_so(config):
 
 
 @pytest.mark.parametrize("method", ["supervised", "untrained", "cpc_v2"])
-def test_methods_that_are_not_trained_on_pairs(store, method):
+def test_methods_that_are_not_trained_on_pairs(own_store, method):
     with pytest.raises(SidaeError, match=f"{method} is not trained on pairs"):
         trained(experiments.run(method, "digits", "smoke", pairs="oracle", pair_count=10))
 
 
 @pytest.mark.parametrize("method", [m for m, cls in methods.METHODS.items()
                                     if not cls.labels and m not in ("untrained", "cpc_v2", "composed")])
-def test_every_method_trains_on_pairs_and_can_find_them(store, method):
+def test_every_method_trains_on_pairs_and_can_find_them(own_store, method):
     config = experiments.run(method, "digits", "smoke", epochs=1)
     record = trained(recipe(config, pair_high=1.0))
     assert record["pairs"]["unordered"] == 30 and math.isfinite(record["epochs"][0]["loss"])
 
 
 @pytest.mark.parametrize("leave_out", ["none", "same", "partners"])
-def test_which_images_are_no_negatives(store, leave_out):
+def test_which_images_are_no_negatives(own_store, leave_out):
     """The loss of SimCLR and MoCo against a loop: per row, log of the sum over all that is left, its own partner too."""
     torch.manual_seed(0)
     images, i, j = data.by_fingerprint(experiments.run("simclr", "digits", "smoke").data), [3, 5, 3, 9], [3, 5, 7, 3]
@@ -449,7 +449,7 @@ def test_pair_accuracy_is_a_record(config):
     record = runs.fetch_all([e], device="cpu", log=lambda _: None)[0]
     images = data.by_fingerprint(config.data).split("train")
     rows = data.subset(1437, count=144, seed=0)
-    z = pairs.embed(runs.backbone(config), images.images[rows], CPU)
+    z = pairs.embed(store.backbone(config), images.images[rows], CPU)
     best = sorted(dense(z, -1, 1).items(), key=lambda p: -p[1])[:20]  # 14 % of 144
     listed_ = {(a, b) for a, b, _ in record["pairs"]["list"]}
     assert listed_ == {(rows[i].item(), rows[j].item()) for (i, j), _ in best}

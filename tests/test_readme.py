@@ -4,7 +4,7 @@ import re
 
 import pandas as pd
 
-from sidae_lib import figures, paths, runs
+from sidae_lib import methods, paths, store
 from sidae_lib.__main__ import readme
 
 TEXT = (paths.ROOT / "README.md").read_text()
@@ -20,8 +20,8 @@ def test_its_results_are_the_means_of_the_published_records():
                       for line in TEXT.partition("<!-- results -->\n")[2].partition("\n<!--")[0].splitlines()]
     cells = [(row[0], row[1], name, cell, row[-1]) for row in rows for name, cell in zip(head[2:-1], row[2:-1]) if cell]
     assert len(cells) >= 30
-    names = {v: k for k, v in figures.NAMES.items()} | {"Supervised, augmented": "supervised"}
-    published = list(runs.every("eval-*", (paths.records(),)))
+    names = {v: k for k, v in methods.NAMES.items()} | {"Supervised, augmented": "supervised"}
+    published = list(store.every("evaluation", store.published()))
     for display, share, method, cell, says in cells:
         share, mean, (n, scale) = share.split()[0], cell.split()[0], says.split(", ")[:2]
         n = cell.partition("n = ")[2] or n  # a cell of another n than the row's says so
@@ -49,7 +49,7 @@ def test_its_links_and_images_are_there():
         assert (paths.ROOT / link).exists(), link
 
 
-def test_its_example_runs(store):
+def test_its_example_runs(own_store):
     """The block under "Change something", at smoke scale."""
     code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1].replace('"quick"', '"smoke"')
     exec(compile(code, "README", "exec"), {})

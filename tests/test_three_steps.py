@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from pytest import approx
 from torch import nn
 
@@ -16,7 +17,7 @@ from tests.test_maps import slow_maps_loss
 
 B, D, H, K, P = 8, 16, 24, 12, 10
 SMALL = {"backbone": "small_cnn", "dim": D, "hidden": H, "pred_hidden": K, "prototypes": P, "decoder": 16, "queue": 16,
-         "splits": 2, "ema": 0.9, "tau": 0.2, "top": 3, "threshold": 0.3}  # fmt: skip
+         "splits": 2, "ema": 0.9, "tau": 0.2, "top": 3, "threshold": 0.3}
 
 
 def run_of(method, **changes):
@@ -24,7 +25,7 @@ def run_of(method, **changes):
     reads = methods.METHODS[method].reads
     fields = {k: v for k, v in SMALL.items() if k not in methods.SHARED or k in reads}
     fields |= {"augment": methods.METHODS[method].axes.augment, "pool": 4 * B if "queue" in reads else 2 * B, "batch": B,
-               "epochs": 2, "lr": 0.02, "weight_decay": 0.01}  # fmt: skip
+               "epochs": 2, "lr": 0.02, "weight_decay": 0.01}
     if method == "supervised":
         fields |= {"pool": 0, "label_count": 2 * B, "augment": "simsiam_grey"}
     config = RunConfig.create(**{"method": method, "data": data.identify("digits"), **fields, **changes})
@@ -48,8 +49,8 @@ def mlp(*widths, act=nn.ReLU):
     return [*layers, nn.Linear(*widths[-2:], bias=False)]
 
 
-def siamese_projector(dim=D):
-    return nn.Sequential(*mlp(32, H, H, dim), nn.BatchNorm1d(dim, affine=False))
+def siamese_projector(features=32):
+    return nn.Sequential(*mlp(features, H, H, D), nn.BatchNorm1d(D, affine=False))
 
 
 def two_layers(a, b, c):
@@ -69,11 +70,14 @@ class Reference(nn.Module):
     def __init__(self, m, c):
         super().__init__()
         self.c, self.backbone = c, cnn()
+        if c.backbone == "resnet18":
+            self.backbone = torchvision.models.resnet18()
+            self.backbone.fc = nn.Identity()
         self.build(m)
         self.load_state_dict(m.state_dict())  # strict: no module more, none less
 
     def build(self, m):
-        self.projector = siamese_projector()
+        self.projector = siamese_projector(m.backbone.out_features)
 
     def z(self, v):
         return self.projector(self.backbone(v))
@@ -102,7 +106,7 @@ class Doubling(nn.Module):
         up = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
         self.fc = nn.Linear(D, 16)
         layers = [x for a, b in ((16, 8), (8, 4), (4, 2), (2, 2)) for x in (
-            nn.ConvTranspose2d(a, b, bias=False, **up), nn.BatchNorm2d(b), nn.ReLU())]  # fmt: skip
+            nn.ConvTranspose2d(a, b, bias=False, **up), nn.BatchNorm2d(b), nn.ReLU())]
         self.up = nn.Sequential(*layers, nn.ConvTranspose2d(2, 3, **up))
 
     def forward(self, z):
@@ -148,28 +152,33 @@ class Supervised(Reference):
 
 
 class SimCLR(Reference):
-    def loss(self, views, batch):
-        z = unit(torch.cat([self.z(v) for v in views]))
-        rows = []
-        for a in range(len(z)):
-            others = [n for n in range(len(z)) if n != a]
-            twin = others.index((a + B) % (2 * B))
-            rows.append(-(z[others] @ z[a] / 0.2).log_softmax(0)[twin])
-        return torch.stack(rows).mean()
+    """And FNC, which finds false negatives; view by view, by the images that they show."""
 
-
-class FNC(Reference):
     def loss(self, views, batch):
-        V = len(views)
-        z = unit(torch.cat([self.z(v) for v in views]))
-        cos, rows = (z @ z.T).detach(), []
-        for a in range(V * B):
-            siblings = [n for n in range(V * B) if n % B == a % B]
-            score = {n: max(cos[s, n].item() for s in siblings) for n in range(V * B) if n not in siblings}
-            found = [n for n in sorted(score, key=score.get)[-3:] if score[n] > 0.3]
-            others = [n for n in range(V * B) if n != a]
-            log_p = (z[others] @ z[a] / 0.2).log_softmax(0)
-            rows.append(-torch.stack([log_p[others.index(n)] for n in (*siblings, *found) if n != a]).mean())
+        i, j, labels, V = batch["i"].tolist(), batch["j"].tolist(), batch["labels"].tolist(), len(views)
+        z, image = unit(torch.cat([self.z(v) for v in views])), i + j + i * (V - 2)
+        cos, everything, rows, found_by = (z @ z.T).tolist(), range(V * B), [], []
+        for a in everything:
+            row = [n for n in everything if n % B == a % B]
+            found = []
+            if self.c.method == "fnc":
+                score = {n: max(cos[s][n] for s in row if image[s] != image[n]) for n in everything
+                         if n not in row and any(image[s] != image[n] for s in row)}
+                found = [n for n in sorted(score, key=score.get)[-3:] if score[n] > 0.3 and image[n] != image[a]]
+            own = [n for n in row if n != a]
+            kept = [n for n in everything if n in own or image[n] != image[a]]
+            if self.c.cancel == "attract":
+                own += found
+            else:
+                kept = [n for n in kept if n not in found]
+            log_p = (z[kept] @ z[a] / 0.2).log_softmax(0)
+            rows.append(-log_p[[kept.index(n) for n in own]].mean())
+            found_by.append(found)
+        if self.c.method == "fnc":
+            alike = [{n for n in everything if n % B != a and image[n] != image[a] and labels[n % B] == labels[a]}
+                     for a in range(B)]
+            self.recorded = {"fn_found": sum(map(len, found_by[:B])) / B, "fn_all": sum(map(len, alike)) / B,
+                             "fn_right": sum(len(alike[a].intersection(found_by[a])) for a in range(B)) / B}
         return torch.stack(rows).mean()
 
 
@@ -192,12 +201,16 @@ class NNCLR(Queued):
 
     def loss(self, views, batch):
         z1, z2 = map(self.z, views)
-        rows = []
-        for z, p in ((z1, unit(self.predictor(z2))), (z2, unit(self.predictor(z1)))):
+        rows, i, j, labels = [], batch["i"], batch["j"], batch["labels"]
+        for z, p, own, other in ((z1, unit(self.predictor(z2)), i, j), (z2, unit(self.predictor(z1)), j, i)):
+            nearest = [max(range(16), key=lambda k: (unit(z)[a] @ self.queue.z[k]).item()) for a in range(B)]  # noqa: B023
             for a in range(B):
-                nearest = max(self.queue.z, key=lambda q: (unit(z)[a] @ q).item())  # noqa: B023
-                rows.append(-(p @ nearest.clone() / 0.2).log_softmax(0)[a])
-        self.entering = unit(z1).detach(), batch["i"], batch["labels"]
+                kept = [n for n in range(B) if n == a or own[a] != other[n]]
+                rows.append(-(p[kept] @ self.queue.z[nearest[a]].clone() / 0.2).log_softmax(0)[kept.index(a)])
+            if z is z1:
+                self.recorded = {"nn_same": (self.queue.id[nearest] == i).float().mean().item(),
+                                 "nn_accuracy": (self.queue.label[nearest] == labels).float().mean().item()}
+        self.entering = unit(z1).detach(), i, labels
         return torch.stack(rows).mean()
 
     def after(self, n, N):
@@ -255,12 +268,13 @@ class VICReg(Reference):
 
     def loss(self, views, batch):
         zs = [self.z(v) for v in views]
-        loss = 25 * (zs[0] - zs[1]).square().mean()
+        s, v, c = (zs[0] - zs[1]).square().mean(), 0, 0
         for z in zs:
-            loss = loss + 25 * (1 - (z.var(0) + 1e-4).sqrt()).clamp(min=0).mean() / 2
+            v = v + (1 - (z.var(0) + 1e-4).sqrt()).clamp(min=0).mean() / 2
             cov = torch.cov(z.T)
-            loss = loss + sum(cov[i, j] ** 2 for i in range(D) for j in range(D) if i != j) / D
-        return loss
+            c = c + sum(cov[i, j] ** 2 for i in range(D) for j in range(D) if i != j) / D
+        self.recorded = {"invariance": s.item(), "variance": v.item(), "covariance": c.item()}
+        return 25 * s + 25 * v + c
 
 
 class BarlowTwins(VICReg):
@@ -331,7 +345,7 @@ class CPC(Reference):
             h = F.conv2d(h, block[4].weight, block[4].bias).relu()
             x = x + F.conv2d(h, block[6].weight, block[6].bias)
         targets, loss = self.target(grid).permute(0, 2, 3, 1).reshape(B * 49, -1), 0
-        for row in (2, 3, 4, 5, 6):
+        for row in map(int, (self.c.extract or "2,3,4,5,6").split(",")):
             p = self.predict[str(row)](x.relu())[:, :, : 7 - row].permute(0, 2, 3, 1).reshape(B * (7 - row) * 7, -1)
             right = torch.tensor([49 * b + 7 * (r + row) + k for b in range(B) for r in range(7 - row) for k in range(7)])
             loss = loss + F.cross_entropy(0.1 * p @ targets.T, right)
@@ -342,12 +356,20 @@ CASES = {
     "sidae": (SidAE, {"w": 0.3}), "simsiam": (SimSiam, {}), "dae": (DAE, {}), "supervised": (Supervised, {}),
     "simclr": (SimCLR, {}), "moco_v2": (MoCo, {}), "moco_v2, symmetric": (MoCo, {"symmetric": True}),
     "moco_v2, pairs": (MoCo, {"symmetric": True, "pairs": "oracle", "pair_share": 1.0, "pair_count": 24}),
-    "nnclr": (NNCLR, {"lr": 0.001}), "fnc": (FNC, {}), "byol": (BYOL, {}), "vicreg": (VICReg, {"lr": 0.01}),
+    "nnclr": (NNCLR, {"lr": 0.001}), "fnc": (SimCLR, {}), "byol": (BYOL, {}), "vicreg": (VICReg, {"lr": 0.01}),
     "barlow_twins": (BarlowTwins, {"lr": 0.001}),
     "dino": (DINO, {}), "cpc_v2": (CPC, {"backbone": "patches18", "width": 4, "hidden": 16, "dim": 8}),
     "amdim": (Maps, {"backbone": "amdim", "width": 4, "lr": 0.001}),
     "yadim": (Maps, {"backbone": "resnet18", "stem": "cifar", "width": 4, "optimizer": "adam", "lr": 1e-3, "momentum": 0.8}),
-}  # fmt: skip
+}
+PAIRS = {"pairs": "oracle", "pair_share": 1.0, "pair_count": 8}
+MORE = {
+    "sidae, resnet18": (SidAE, {"backbone": "resnet18", "w": 0.3}), "simclr, pairs": (SimCLR, PAIRS),
+    "fnc, pairs": (SimCLR, PAIRS | {"support": 2}),
+    "fnc, eliminate": (SimCLR, {"support": 0, "cancel": "eliminate"}),
+    "nnclr, pairs": (NNCLR, PAIRS | {"lr": 0.001, "pair_count": 24}),
+    "cpc_v2, rows": (CPC, CASES["cpc_v2"][1] | {"extract": "2,3,3,6"}),
+}
 
 
 def test_every_method_is_here():
@@ -355,9 +377,9 @@ def test_every_method_is_here():
     assert {name.split(",")[0] for name in CASES} == methods.METHODS.keys() - elsewhere - {"untrained"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", {**CASES, **MORE})
 def test_three_steps_and_more_beside_a_reference(name):
-    reference, changes = CASES[name]
+    reference, changes = {**CASES, **MORE}[name]
     run = run_of(name.split(",")[0], **changes)
     c, N, n, seen = run.config, run.steps, 0, {}
     ref = reference(run.method, c).train()
@@ -387,17 +409,18 @@ def test_three_steps_and_more_beside_a_reference(name):
             for k, v in {"loss": loss.item(), **ref.recorded}.items():
                 assert run.sums[k].item() / B - seen.get(k, 0) == approx(v, rel=1e-3), (n, k)
                 seen[k] = run.sums[k].item() / B
-            assert_alike(run.method.state_dict(), ref.state_dict(), start, f"step {n}")
+            far = 0.03 if "resnet18" in name else 0.01  # deeper, so that roundings grow
+            assert_alike(run.method.state_dict(), ref.state_dict(), start, f"step {n}", far)
     assert n == N >= 4
 
 
-def assert_alike(ours, theirs, start, where):
-    """Every tensor but the running statistics of split batches, up to rounding: a hundredth of how far it has moved."""
+def assert_alike(ours, theirs, start, where, far):
+    """Every tensor but the running statistics of split batches, up to rounding: a share `far` of how far it has moved."""
     assert ours.keys() == theirs.keys()
     for k, v in theirs.items():
         if "keys.0.0.weight" in theirs and k.split(".")[-1].startswith(("running", "num_batches")):
             continue
         if v.is_floating_point():
-            assert (ours[k] - v).norm() < 0.01 * (v - start[k]).norm() + 1e-6 * (1 + v.norm()), (where, k)
+            assert (ours[k] - v).norm() < far * (v - start[k]).norm() + 1e-6 * (1 + v.norm()), (where, k)
         else:
             assert torch.equal(ours[k], v), (where, k)

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_three_steps import CASES, run_of
 
-from sidae_lib import augment, data, experiments, methods, train
+from sidae_lib import augment, data, experiments, methods, networks, train
 from sidae_lib.config import SidaeError, epoch_seed
 from sidae_lib.step import batches, lr_at, seeded
 
@@ -125,15 +123,17 @@ def test_gauges_leave_no_trace(config, tmp_path, monkeypatch):
     assert all(torch.equal(v, other[k]) for k, v in one.items()) and any("running_mean" in k for k in one)
 
 
-@pytest.mark.parametrize("at", [1, 4, 7])
-def test_a_stopped_run_equals_one_that_was_not(at, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at, number", [(1, signal.SIGINT), (4, signal.SIGTERM), (7, signal.SIGINT)])
+def test_a_stopped_run_equals_one_that_was_not(at, number, config, tmp_path, monkeypatch):
     """By a signal in the middle of an epoch, at its end and before the last step: tensors and record bit for bit."""
     whole = pretrain(config, tmp_path / "whole", checkpoints=[1])
-    steps = iter(range(1, 100))
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (step(self), next(steps) == at and os.kill(os.getpid(), 2))[0])
-    with pytest.raises(train.Stopped, match=f"step {at} of 8.*goes on"):
+    advance = train.Run.advance
+    monkeypatch.setattr(train.Run, "advance", lambda run, *a: (
+        advance(run, *a), run.step == at and os.kill(os.getpid(), number)))  # fmt: skip
+    with pytest.raises(train.Stopped, match=f"Stopped by {number.name}: .* stands at step {at} of 8.*goes on"):
         pretrain(config, tmp_path / "parts", checkpoints=[1])
+    monkeypatch.undo()
+    assert not list((tmp_path / "parts").glob(".*.tmp"))
     parts = pretrain(config, tmp_path / "parts", checkpoints=[1])
     assert bare(parts) == bare(whole)
     for epoch in (1, 2):
@@ -209,22 +209,6 @@ def test_a_deadline_stops_at_a_checkpoint(config, tmp_path):
     assert len(pretrain(config, tmp_path)["epochs"]) == 2
 
 
-def test_sigterm_leaves_a_checkpoint(tmp_path):
-    """A real process: terminated in the middle, it writes a checkpoint and says so; the next one finishes."""
-    code = ("import torch, sys; from pathlib import Path; from sidae_lib import data, experiments, train\n"
-            "c = experiments.run('simsiam', 'digits', 'smoke', epochs=49)\n"  # 196 steps; views of more would be compiled
-            "advance = train.Run.advance\n"
-            "train.Run.advance = lambda run, *a: (advance(run, *a), run.step == 3 and print('in step 3', flush=True))\n"
-            "train.pretrain(c, data.by_fingerprint(c.data), Path(sys.argv[1]), device=torch.device('cpu'))")
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=pipe, stderr=pipe, text=True)
-    assert process.stdout.readline() == "in step 3\n"
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "Stopped by SIGTERM" in error and "goes on from there" in error
-    assert (tmp_path / "checkpoint.safetensors").exists() and not list(tmp_path.glob(".*.tmp"))
-
-
 def test_a_signal_between_saving_and_stopping_waits_for_the_next_step(config, tmp_path):
     """No step is called saved that is not: of two looks at a signal in one step the second would find it."""
     class Late:
@@ -259,7 +243,7 @@ def test_features_that_are_not_finite_are_a_sentence(config):
 def test_collapse_is_warned_of_once_and_recorded(tmp_path, monkeypatch):
     """Without the predictor and the stop-gradient the best answer is a constant; its spread tells."""
     config = experiments.run("simsiam", "digits", "smoke")
-    monkeypatch.setattr(train.networks, "z_std", lambda total, square, n: torch.tensor(1e-4))
+    monkeypatch.setattr(networks, "z_std", lambda total, square, n: torch.tensor(1e-4))
     with pytest.warns(UserWarning, match="collapsed at epoch 1: z_std 0.0001, healthy is 0.12") as caught:
         record = pretrain(config, tmp_path)
     assert len([w for w in caught if "collapsed" in str(w.message)]) == 1

@@ -10,9 +10,10 @@ import time
 import pandas as pd
 import pytest
 import torch
-from test_published import claims, row, scored
+from killing import bare
+from test_claims import judged, row, scored
 
-from sidae_lib import __main__, data, evaluate, experiments, figures, paths, runs, train
+from sidae_lib import __main__, claims, data, evaluate, experiments, figures, frames, paths, runs, store, tasks, train
 from sidae_lib.config import EvalConfig, SidaeError
 
 CPU = torch.device("cpu")
@@ -24,20 +25,13 @@ def wanted(method: str = "sidae", epochs: int = 4, at: tuple[int, ...] = (1, 2, 
     return [run, *(EvalConfig(run=run, kind="knn", k=5, epoch=e) for e in at)]
 
 
-def bare(value):
-    """Without time, provenance and the checksum over them; the weights' checksums stay."""
-    if isinstance(value, dict):
-        return {k: bare(v) for k, v in value.items() if k not in ("seconds", "images_per_second", "provenance", "check")}
-    return [bare(v) for v in value] if isinstance(value, list) else value
-
-
 def fetch(configs, said=None, **more):
     return runs.fetch_all(configs, device="cpu", log=(said if said is not None else []).append, **more)
 
 
 def there(configs) -> list[int]:
     """The epochs whose evaluations are recorded."""
-    return [c.epoch for c in configs if isinstance(c, EvalConfig) and runs.find(c)]
+    return [c.epoch for c in configs if isinstance(c, EvalConfig) and store.find(c)]
 
 
 @pytest.fixture(scope="module")
@@ -59,55 +53,58 @@ def counted(monkeypatch) -> list[int]:
 # --- training to an epoch -------------------------------------------------------------------------------------------
 
 
-def test_until_an_epoch_and_on_equals_an_uninterrupted_run(store, whole, counted):
+def test_until_an_epoch_and_on_equals_an_uninterrupted_run(own_store, whole, counted):
     configs = wanted()
     for until, left, passed in ((1, 3, [1]), (3, 2, [1, 2])):
         with pytest.raises(train.Stopped, match=f"Trained to epoch {until}: {left} of 4 records are left"):
             fetch(configs, until=until)
-        assert there(configs) == passed == counted and runs.find(configs[0]) is None
+        assert there(configs) == passed == counted and store.find(configs[0]) is None
         with pytest.raises(train.Stopped):  # asked again it has nothing to do
             fetch(configs, until=until)
         assert counted == passed
     assert bare(fetch(configs)) == whole and counted == [1, 2, 4]
-    assert not (runs.folder(configs[0]) / "checkpoint.safetensors").exists()
+    assert not (store.folder(configs[0]) / "checkpoint.safetensors").exists()
 
 
-def test_what_trains_with_labels_and_what_does_not_train_run_whole(store):
+def test_what_trains_with_labels_and_what_does_not_train_run_whole(own_store):
     some = [*wanted("supervised", 2, (2,)), *wanted("untrained", 0, (0,)), *wanted("simsiam", 2, (1, 2))]
     with pytest.raises(train.Stopped, match="2 of 7 records are left"):
         fetch(some, until=1)
-    assert [c for c in some if not runs.find(c)] == [some[4], some[6]]
+    assert [c for c in some if not store.find(c)] == [some[4], some[6]]
     assert len(fetch(some, until=2)) == 7
 
 
-def test_encoders_run_whole(store):
+def test_encoders_run_whole(own_store):
     runs_, evals = experiments.semantic_pairs("smoke", ["digits"])
-    jobs = {j.run: j for j in runs.plan([*runs_, *evals], until=1, log=lambda _: None)}
+    jobs = {j.run: j for j in tasks.plan([*runs_, *evals], until=1, log=lambda _: None)}
     encoders = {r.encoder for r in jobs if r.encoder}
     assert encoders and all(j.until == (None if r in encoders or r.epochs <= 1 else 1) for r, j in jobs.items())
     assert all(e.epoch <= 1 for r, j in jobs.items() if j.until for e in j.evals)
 
 
-def test_until_is_an_epoch(store):
+def test_until_is_an_epoch(own_store):
     with pytest.raises(SidaeError, match="at least 1, not 0"):
         fetch(wanted(), until=0)
 
 
-def test_the_command_says_what_is_left_and_ends_well(store, capsys):
+def test_the_command_says_what_is_left_and_ends_well(own_store, cli):
+    """Each record of the calls is in the bundle too, as it was made."""
     call = ["run", "accuracy_vs_epochs", "--scale", "smoke", "--datasets", "digits", "--kinds", "knn", "--methods", "dae",
-            "--device", "cpu"]  # fmt: skip
-    assert __main__.main([*call, "--until", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "has come to epoch 1 of 2" in out and "Trained to epoch 1: 3 of 5 records are left" in out
-    assert __main__.main(call) == 0 and "1 runs and 4 evaluations are recorded" in capsys.readouterr().out
+            "--device", "cpu", "--bundle", str(own_store / "records.jsonl")]  # fmt: skip
+    done = cli(*call, "--until", "1")
+    assert done.returncode == 0 and "has come to epoch 1 of 2" in done.stdout
+    assert "Trained to epoch 1: 3 of 5 records are left" in done.stdout
+    assert "1 runs and 4 evaluations are recorded" in cli(*call).stdout
+    made = [json.loads(line)["key"] for line in (own_store / "records.jsonl").read_text().splitlines()]
+    assert len(made) == 5 and sorted(made) == sorted(r["key"] for r in store.every())
 
 
-def test_order_seed_finishes_a_seed_of_all_sets_before_the_next(store, capsys):
+def test_order_seed_finishes_a_seed_of_all_sets_before_the_next(own_store, capsys):
     call = ["run", "accuracy_vs_epochs", "--scale", "smoke", "--seeds", "2", "--kinds", "knn", "--methods", "untrained",
             "--device", "cpu"]  # fmt: skip
     seed = {c.key(): c.seed for c in experiments.accuracy_vs_epochs("smoke", seeds=(0, 1))[0]}
     for order, expected in (("seed", [0, 0, 1, 1]), ("figure", [0, 1, 0, 1])):
-        os.environ["SIDAE_RUNS"] = str(store / order)  # the fixture puts it back
+        os.environ["SIDAE_RUNS"] = str(own_store / order)  # the fixture puts it back
         assert __main__.main([*call, "--order", order]) == 0
         trained = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("trained")]
         assert [seed[key] for key in trained] == expected
@@ -116,7 +113,7 @@ def test_order_seed_finishes_a_seed_of_all_sets_before_the_next(store, capsys):
 # --- evaluated in passing -------------------------------------------------------------------------------------------
 
 
-def test_a_record_is_written_as_training_passes_its_checkpoint(store, monkeypatch):
+def test_a_record_is_written_as_training_passes_its_checkpoint(own_store, monkeypatch):
     configs, seen = wanted(), []
     look = lambda config, history: seen.append((len(history), there(configs)))  # noqa: E731
     monkeypatch.setattr(train, "LISTENERS", [look])
@@ -133,7 +130,7 @@ def interrupted():
 
 
 @pytest.mark.parametrize("ends", ["signal", "deadline"])
-def test_an_evaluation_that_is_cut_off_is_all_that_is_lost(ends, store, whole, monkeypatch, interrupted):
+def test_an_evaluation_that_is_cut_off_is_all_that_is_lost(ends, own_store, whole, monkeypatch, interrupted):
     """Ctrl-C does not wait for it; where the time is up meanwhile it is finished and no other begun."""
     configs, plain, late, clock = wanted(), evaluate.evaluate, [0.0], time.monotonic
 
@@ -151,17 +148,17 @@ def test_an_evaluation_that_is_cut_off_is_all_that_is_lost(ends, store, whole, m
             fetch(configs, minutes=100)
     assert there(configs) == [1] + [2] * (ends == "deadline")
     stands = train.Run(configs[0], data.by_fingerprint(configs[0].data), CPU)
-    stands.restore(runs.folder(configs[0]) / "checkpoint.safetensors")
+    stands.restore(store.folder(configs[0]) / "checkpoint.safetensors")
     assert stands.step == 8 + (ends == "deadline")  # of 16: the loop looks at the clock after its next step
     assert bare(fetch(configs)) == whole
 
 
-def test_an_evaluation_that_fails_does_not_stop_the_training(store):
+def test_an_evaluation_that_fails_does_not_stop_the_training(own_store):
     configs = wanted("simsiam", 2, (1, 2))
     bad = EvalConfig(run=configs[0], kind="classifier", epoch=1)
     with pytest.raises(SidaeError, match="1 of 1 runs failed, .*supervised run's own classifier"):
         fetch([*configs, bad])
-    assert all(map(runs.find, configs)) and runs.find(bad) is None
+    assert all(map(store.find, configs)) and store.find(bad) is None
 
 
 # --- one trajectory -------------------------------------------------------------------------------------------------
@@ -173,52 +170,52 @@ def stopped(configs, until: int) -> list:
     return configs
 
 
-def test_a_run_whose_checkpoint_is_lost_comes_the_same_way_again(store, whole, counted):
+def test_a_run_whose_checkpoint_is_lost_comes_the_same_way_again(own_store, whole, counted):
     configs = stopped(wanted(), 2)
-    (runs.folder(configs[0]) / "checkpoint.safetensors").unlink()
+    (store.folder(configs[0]) / "checkpoint.safetensors").unlink()
     said = []
     assert bare(fetch(configs, said)) == whole and counted == [1, 2, 4]
     assert not any("aside" in line for line in said)
 
 
-def test_evaluations_of_a_lost_trajectory_are_set_aside_and_made_anew(store, whole, counted):
+def test_evaluations_of_a_lost_trajectory_are_set_aside_and_made_anew(own_store, whole, counted):
     """As where another machine had made them: other weights from epoch 1 on, equal ones before."""
     configs = stopped(wanted(at=(0, 1, 2, 4)), 3)
-    (runs.folder(configs[0]) / "checkpoint.safetensors").unlink()
+    (store.folder(configs[0]) / "checkpoint.safetensors").unlink()
     for config in configs[2:4]:  # epochs 1 and 2
-        record = runs.find(config) | {"backbone": "f" * 64, "accuracy": 1.0}
-        runs.keep(config, record)
+        record = store.find(config) | {"backbone": "f" * 64, "accuracy": 1.0}
+        store.keep(config, record)
     said = []
     again = bare(fetch([c for c in configs if c != configs[3]], said))  # epoch 2 is not asked for, and goes all the same
     assert again[0]["epochs"] == whole[0]["epochs"] and again[2:] == [whole[1], whole[3]]
-    assert counted == [0, 1, 2, 1, 4] and runs.find(configs[3]) is None
+    assert counted == [0, 1, 2, 1, 4] and store.find(configs[3]) is None
     [line] = [line for line in said if "aside" in line]
     assert line.startswith(f"2 evaluations of sidae {configs[0].key()} lie aside") and line.endswith("from epoch 1 on.")
-    assert len(list(runs.folder(configs[0]).glob("eval-*.aside-1"))) == 2
+    assert len(list(store.folder(configs[0]).glob("eval-*.aside-1"))) == 2
 
 
-def test_an_unfinished_run_is_not_begun_again_for_an_epoch_that_it_did_not_keep(store, whole):
+def test_an_unfinished_run_is_not_begun_again_for_an_epoch_that_it_did_not_keep(own_store, whole):
     configs = wanted()
     stopped([configs[0], configs[1]], 3)  # keeps epoch 1, stands at 3
-    before = (runs.folder(configs[0]) / "checkpoint.safetensors").read_bytes()
+    before = (store.folder(configs[0]) / "checkpoint.safetensors").read_bytes()
     with pytest.raises(SidaeError, match=r"stands at epoch 3 of 4 and did not keep epoch 2 on its way \(kept: 1\).*ask for"):
         fetch(configs)
-    assert (runs.folder(configs[0]) / "checkpoint.safetensors").read_bytes() == before
+    assert (store.folder(configs[0]) / "checkpoint.safetensors").read_bytes() == before
     at_three = EvalConfig(run=configs[0], kind="knn", k=5, epoch=3)  # where the checkpoint stands it can still be had
     stopped([configs[0], at_three], 3)
-    assert runs.find(at_three)["epoch"] == 3 and runs.backbone(configs[0], 3).exists()
+    assert store.find(at_three)["epoch"] == 3 and store.backbone(configs[0], 3).exists()
     fetch(configs[:1])
     assert bare(fetch(configs))[1:] == whole[1:]  # finished, it is trained again for epoch 2
 
 
-def test_a_finished_run_forgets_what_was_begun_for_other_epochs(store):
+def test_a_finished_run_forgets_what_was_begun_for_other_epochs(own_store):
     configs = wanted("simsiam", 4, (1, 2))
     run = fetch(configs[:1])
     assert fetch(configs[:2], until=1)[0] == run[0]  # trained again for epoch 1, as far as that
-    checkpoint = runs.folder(configs[0]) / "checkpoint.safetensors"
+    checkpoint = store.folder(configs[0]) / "checkpoint.safetensors"
     assert checkpoint.exists()
     other = EvalConfig(run=configs[0], kind="knn", k=5, epoch=0)  # which that did not keep
-    assert bare(fetch([other, configs[2]])[1]) == bare(runs.find(configs[2])) and not checkpoint.exists()
+    assert bare(fetch([other, configs[2]])[1]) == bare(store.find(configs[2])) and not checkpoint.exists()
 
 
 def test_a_run_of_the_papers_length_keeps_every_25th_epoch(tmp_path, monkeypatch):
@@ -234,53 +231,24 @@ def test_a_run_of_the_papers_length_keeps_every_25th_epoch(tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.glob("backbone-*")) == [f"backbone-e{e:03d}.safetensors" for e in (0, 25, 50)]
 
 
-# --- on a grid ------------------------------------------------------------------------------------------------------
-
-
-def test_what_a_worker_sends_is_of_one_trajectory(store):
-    """The caller has an evaluation of another machine's weights; those that come, and the files they name, replace it."""
-    grid = pytest.importorskip("sidae_lib.grid", reason="no cluster extra", exc_type=SidaeError)
-    configs = stopped(wanted("simsiam"), 2)
-    right, files = runs.find(configs[1]), {p.name: train.sha256(p.read_bytes())
-                                           for p in runs.folder(configs[0]).glob("backbone-*")}  # fmt: skip
-    runs.keep(configs[1], right | {"backbone": "f" * 64})
-    said = []
-    grid.Result([(configs[1], right)], files=(configs[0], files)).keep(said.append)
-    assert runs.find(configs[1]) == right and len(said) == 1 and runs.find(configs[2]) is None
-
-
-@pytest.mark.slow
-def test_until_on_a_grid(store, whole):
-    grid = pytest.importorskip("sidae_lib.grid", reason="no cluster extra", exc_type=SidaeError)
-    configs = wanted()
-    with grid.local(1, "cpu") as address:
-        with pytest.raises(train.Stopped, match="Trained to epoch 3: 2 of 4"):
-            fetch(configs, client=address, until=3)
-        assert there(configs) == [1, 2]
-        bad = EvalConfig(run=configs[0], kind="classifier")  # what had finished is sent all the same
-        with pytest.raises(SidaeError, match="own classifier"):
-            fetch([*configs, bad], client=address)
-        records = [runs.find(c) for c in configs]
-        if records[0]["provenance"]["threads"] == torch.get_num_threads():
-            assert bare(records) == whole
-
-
 # --- priority -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to one processor here")
-def test_a_process_beside_a_nice_one_keeps_nine_tenths_of_its_speed(store):
-    """Two sessions on one processor, both spinning: shares of its time, whatever else the machine does."""
+def test_a_process_beside_a_nice_one_keeps_nine_tenths_of_its_speed(own_store):
+    """Two sessions on one processor, both spinning: shares of its time, whatever else the machine does. The whole session
+    is nice, where that can be said."""
     spin = ("import os, sys, time\nif sys.argv[1] == 'nice':\n    from sidae_lib import __main__\n    __main__._nice()\n"
-            "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-            "end, begun = time.monotonic() + 4, time.process_time()\n"
+            "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\ngroup = '/proc/self/autogroup'\n"
+            "print(os.nice(0), open(group).read().strip() if os.access(group, os.W_OK) else 'nice 19', flush=True)\n"
+            "sys.stdin.readline()\nend, begun = time.monotonic() + 3, time.process_time()\n"
             "while time.monotonic() < end: pass\nprint(time.process_time() - begun, flush=True)\n"
             "os._exit(0)")  # or it takes its time, being nice
     both = [subprocess.Popen([sys.executable, "-c", spin, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                              cwd=paths.ROOT, start_new_session=True) for name in ("nice", "plain")]  # fmt: skip
-    for p in both:
-        assert p.stdout.readline() == "ready\n"
+    first = both[0].stdout.readline()
+    assert first.startswith("19 ") and first.endswith("nice 19\n") and both[1].stdout.readline()
     for p in both:
         p.stdin.write("\n")
         p.stdin.flush()
@@ -288,30 +256,25 @@ def test_a_process_beside_a_nice_one_keeps_nine_tenths_of_its_speed(store):
     assert plain > 0.9 * (plain + nice)
 
 
-def test_nice_is_for_the_whole_session(store, monkeypatch):
-    code = ("import os; from sidae_lib import __main__; from pathlib import Path\n__main__._nice()\n"
-            "group = Path('/proc/self/autogroup')\n"
-            "print(os.nice(0), group.read_text().strip() if os.access(group, os.W_OK) else 'nice 19', flush=True)\nos._exit(0)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, start_new_session=True)
-    assert done.stdout.startswith("19 ") and done.stdout.endswith("nice 19\n"), done
+def test_nice_is_for_the_whole_session(own_store, monkeypatch):
     called = []
     monkeypatch.setattr(os, "nice", called.append)
-    monkeypatch.setattr(__main__, "Path", lambda name: called.append(name) or store / "autogroup")
+    monkeypatch.setattr(__main__, "Path", lambda name: called.append(name) or own_store / "autogroup")
     assert __main__.main(["run", "sidae_step_by_step", "--scale", "smoke", "--device", "cpu", "--nice"]) == 0
-    assert called[0] == 19 and (store / "autogroup").read_text() == "19"
+    assert called[:2] == [19, "/proc/self/autogroup"] and (own_store / "autogroup").read_text() == "19"
 
 
 # --- drawn and judged -----------------------------------------------------------------------------------------------
 
 
 def curve(method: str, reached: dict[int, int], **changes) -> list[dict]:
-    """Rows of `figures.evaluations`: seed -> the epoch that it has come to, by 25."""
+    """Rows of `frames.evaluations`: seed -> the epoch that it has come to, by 25."""
     return [row(method, seed, 40.0 + epoch / 25 + seed, epoch=epoch, hardware="x", **changes)
             for seed, last in reached.items() for epoch in range(25, last + 1, 25)]  # fmt: skip
 
 
 def table(rows: list[dict]) -> pd.DataFrame:
-    return figures.summary(pd.DataFrame(rows))
+    return frames.summary(pd.DataFrame(rows))
 
 
 def test_a_figure_draws_a_curve_as_far_as_it_goes_and_says_so():
@@ -330,7 +293,7 @@ def test_a_figure_draws_a_curve_as_far_as_it_goes_and_says_so():
     (curve("sidae", {0: 200, 1: 200}), ""), (curve("sidae", {0: 200, 1: 50}), "to epoch 50 of 200, n = 2"),
     ([row("untrained", 0, 30.0, epoch=0, hardware="x")], "")])
 def test_how_far_curves_have_come(rows, said):
-    assert figures.reach(table(rows)) == said
+    assert frames.reach(table(rows)) == said
 
 
 def test_a_claim_sees_a_run_only_when_its_last_epoch_is_recorded():
@@ -338,20 +301,20 @@ def test_a_claim_sees_a_run_only_when_its_last_epoch_is_recorded():
     other = [row("supervised", s, 10.0 + s) for s in range(3)]
     unfinished = curve("sidae", dict.fromkeys(range(3), 150)) + curve("simsiam", dict.fromkeys(range(3), 150))
     early = "with scarce labels the first checkpoint"
-    assert claims(unfinished + other, early).empty and claims(unfinished + other, "SidAE varies less").empty
+    assert judged(unfinished + other, early).empty and judged(unfinished + other, "SidAE varies less").empty
     two = curve("sidae", {0: 200, 1: 200, 2: 150})
-    assert claims(two + other, early)["n"].tolist() == [2]
-    assert claims(curve("sidae", dict.fromkeys(range(3), 200)) + other, early)["verdict"].tolist() == ["supported"]
+    assert judged(two + other, early)["n"].tolist() == [2]
+    assert judged(curve("sidae", dict.fromkeys(range(3), 200)) + other, early)["verdict"].tolist() == ["supported"]
     assert set(scored(two + other)["n"]) <= {2, 3}
 
 
-def test_records_of_an_unfinished_run_are_drawn(store):
+def test_records_of_an_unfinished_run_are_drawn(own_store):
     configs, evals = experiments.accuracy_vs_epochs("smoke", ["digits"])
-    asked = [c for c in [*configs, *evals] if runs._run(c).method in ("dae", "untrained")]
+    asked = [c for c in [*configs, *evals] if store.run_of(c).method in ("dae", "untrained")]
     stopped(asked, 1)
-    found = runs.recorded([c for c in asked if isinstance(c, EvalConfig)])
-    drawn = figures.accuracy_vs_epochs(table_ := figures.summary(figures.evaluations(found)))
+    found = store.recorded([c for c in asked if isinstance(c, EvalConfig)])
+    drawn = figures.accuracy_vs_epochs(table_ := frames.summary(frames.evaluations(found)))
     assert all("to epoch 1 of 2, n = 1" in ax.get_title() for ax in drawn.axes[:2])
     figures.save(drawn, "accuracy_vs_epochs", "smoke", table_)
-    board = figures.scoreboard({"accuracy_vs_epochs": found, "datasets_table": found}, "smoke")
+    board = claims.scoreboard({"accuracy_vs_epochs": found, "datasets_table": found}, "smoke")
     assert "dae" not in set(board["statement"]) and json.dumps(found)

@@ -7,18 +7,19 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from sidae_lib import data, experiments, paths, runs, train, verify
+from sidae_lib import adoption, data, experiments, paths, runs, store, train, verify
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError, digest
 
 FIXTURE = Path(__file__).with_name("fixtures") / "recorded"
 SMALLEST = "3e918c4a384d758a"  # of the published records, the one that a CPU repeats the fastest
 
 
-def wanted() -> list[runs.Config]:
+def wanted() -> list[store.Config]:
     """SidAE on the digits, which come with scikit-learn, and two evaluations on the way and at the end."""
     run = experiments.run("sidae", "digits", "smoke", epochs=3)
     return [run, EvalConfig(run=run, kind="knn", k=5), EvalConfig(run=run, kind="logistic", epoch=1, labels=0.5)]
@@ -29,7 +30,7 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture
-def again(store, monkeypatch, tmp_path, cli):
+def again(own_store, monkeypatch, tmp_path, cli):
     """`verify` of what is published, with a look that nothing was written but what it says."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
@@ -57,24 +58,22 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def published(store, made) -> list[runs.Record]:
-    shutil.copytree(made, paths.records())
-    return [runs.find(c) for c in wanted()]
+def published(own_store, made) -> list[store.Record]:
+    adoption.publish(store.every(where=store.local(made)))
+    return [store.find(c) for c in wanted()]
 
 
-def alter(record: runs.Record, **changes) -> None:
-    """Writes a record anew, with a checksum that fits."""
-    record = {k: v for k, v in record.items() if k != "check"} | changes
-    name = f"eval-{record['key']}.json" if "run_key" in record else "record.json"
-    folder = paths.records() / record.get("run_key", record["key"])
-    (folder / name).write_text(json.dumps(record | {"check": digest(record)}))
+def alter(record: store.Record, **changes) -> None:
+    """Publishes a record anew, with a checksum that fits."""
+    others = [r for r in store.every() if r["key"] != record["key"]]
+    adoption.publish([*others, record | changes])
 
 
 def test_a_run_of_this_machine_is_repeated_to_the_bit(published, again):
     run, knn, logistic = published
     done = again(run["key"][:7])
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(
-        f"The run {run['key']} is repeated to the bit, and its 6 numbers with it ("), done.stdout + done.stderr
+        f"The run {run['key']} is repeated to the bit, and its 6 numbers with it. Recorded on "), done.stdout + done.stderr
     for term in ("loss", "l_si", "l_dae", "z_std"):
         assert f"\n{term}, epoch " in done.stdout
     for r in (knn, logistic):
@@ -122,25 +121,26 @@ def test_another_machine_is_allowed_its_bits_and_no_more(published):
     ({"method": "byol", "method_recipe": 1}, "older recipe of byol"),
     ({"data": "0123456789abcdef"}, "No set with the content"),
 ])  # fmt: skip
-def test_a_run_that_cannot_be_repeated(store, again, change, sentence, monkeypatch):
-    monkeypatch.setenv("SIDAE_DATA", str(store))  # no sets but those of packages
+def test_a_run_that_cannot_be_repeated(own_store, again, change, sentence, monkeypatch):
+    monkeypatch.setenv("SIDAE_DATA", str(own_store))  # no sets but those of packages
     config = RunConfig(**{"method": "simsiam", "data": data.identify("digits")} | change)
     key = digest(config.to_dict())[:16]
-    (paths.records() / key).mkdir(parents=True)
     alter({"config": config.to_dict(), "key": key, "steps": config.epochs, "seconds": 1.0,
            "provenance": {"device": "x", "threads": 1}})  # fmt: skip
     done = again(key)
     assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_key_must_name_one_run(store, again):
-    (paths.records() / "ab00").mkdir(parents=True)
-    for name in ("ab00/record.json", "ab11/record.json", "ab00/eval-cd00.json"):
-        (paths.records() / name).parent.mkdir(exist_ok=True)
-        (paths.records() / name).write_text("{}")
-    for key, sentence in (("ab", "2 recorded runs have keys that begin with 'ab'"), ("*", "No recorded run has a key"),
-                          ("", "2 recorded runs"), ("../records/ab00", "No recorded run has a key that begins with"),
-                          ("cd", "It begins keys of evaluations, of the run ab00."), ("ab0", "damaged")):  # fmt: skip
+def test_a_key_must_name_one_run(own_store, again):
+    for name in ("ab00/record.json", "ab00/eval-cd00.json"):
+        (paths.runs() / name).parent.mkdir(parents=True, exist_ok=True)
+        (paths.runs() / name).write_text("{}")
+    paths.records().mkdir()
+    (paths.records() / "any.jsonl").write_text(f'{{"key":"{"ab11" * 4}",')
+    for key, sentence in (("ab", "2 recorded runs have keys that begin with 'ab'"), ("*", "No recorded runs have keys"),
+                          ("", "2 recorded runs"), ("../runs/ab00", "No recorded runs have keys that begin with"),
+                          ("cd", "It begins keys of evaluations, of the run ab00."), ("ab0", "damaged"),
+                          ("ab1", "damaged")):  # fmt: skip
         done = again(key)
         assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -152,7 +152,7 @@ def test_what_is_interrupted_leaves_nothing(published, again, monkeypatch):
     assert done.returncode == 130 and done.stdout.splitlines()[-1].endswith("nothing of this verification is kept.")
 
 
-def test_a_run_on_mined_pairs_has_its_encoder_trained_too(store, again):
+def test_a_run_on_mined_pairs_has_its_encoder_trained_too(own_store, again):
     encoder = experiments.run("simsiam", "digits", "smoke", epochs=1)
     run = encoder.replace(seed=1, pairs="mined", encoder=encoder, pair_share=1.0, pair_low=-1.0, pair_high=1.0, pair_count=30)
     runs.fetch_all([run], device="cpu", log=quiet)
@@ -160,7 +160,7 @@ def test_a_run_on_mined_pairs_has_its_encoder_trained_too(store, again):
     assert done.returncode == 0 and f"trained simsiam {encoder.key()}" in done.stdout and "to the bit" in done.stdout
 
 
-def test_the_small_record_beside_the_tests(store, again):
+def test_the_small_record_beside_the_tests(own_store, again):
     """Made once, on one machine, and repeated here, whatever this one is."""
     shutil.copytree(FIXTURE, paths.records())
     done = again(wanted()[0].key())
@@ -179,9 +179,6 @@ def test_the_smallest_published_record(again, monkeypatch):
 
 
 if __name__ == "__main__":
-    shutil.rmtree(FIXTURE, ignore_errors=True)
-    os.environ |= {"SIDAE_RUNS": str(FIXTURE), "SIDAE_RECORDS": os.devnull, "SIDAE_THREADS": "1"}
-    runs.fetch_all(wanted(), device="cpu")
-    for path in FIXTURE.glob("*/*"):
-        if path.suffix != ".json":
-            path.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"SIDAE_RUNS": folder, "SIDAE_RECORDS": str(FIXTURE), "SIDAE_THREADS": "1"}
+        adoption.publish(runs.fetch_all(wanted(), device="cpu"))

@@ -12,106 +12,199 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import augment, losses, networks
 from ..config import EXTRACTS, RunConfig, SidaeError, epoch_seed
-from .base import Axes, Method
+from .base import METHODS, Axes, Batch, Look, Method, Views
 
 BLOCK = 2**24  # scores at once, 64 MiB a tensor of them; a block holds about five such tensors
 
 
+def by_blocks(score: Callable[..., Tensor], columns: int, *rows: Tensor) -> Tensor:
+    """`score` of tensors with N rows, a mean over rows, by blocks of at most BLOCK scores, at least a row.
+    Those of several blocks are computed again on the way back, so that only one block's are ever kept."""
+    size = max(1, BLOCK // columns)
+    if size >= len(rows[0]):
+        return score(*rows)
+    again = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)  # draws nothing
+    parts = [len(block[0]) * again(*block) for block in zip(*(r.split(size) for r in rows))]
+    return torch.stack(parts).sum(0) / len(rows[0])
+
+
+class Context(nn.Module):
+    """CPC v2's masked context network, (B, c, G, G) -> (B, c, G, G): a row sees itself and rows above alone.
+    Ones lie above the first row as in bolts, by an author of arXiv:2009.00104 (the paper does not say). Here
+    the 1x3 convolution is padded; bolts pads the 2x1 at the sides, which adds columns that are its bias."""
+
+    def __init__(self, c: int, hidden: int, blocks: int = 5) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(c, hidden, 1), nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, (1, 3), padding=(0, 1)), nn.ConstantPad2d((0, 0, 1, 0), 1.0),
+            nn.Conv2d(hidden, hidden, (2, 1)), nn.ReLU(inplace=True), nn.Conv2d(hidden, c, 1),
+        ) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.relu()
+
+
+class CPC(Method, name="cpc_v2"):
+    """CPC v2 (arXiv:1905.09272): the context predicts the patches `extract` rows below among the batch's.
+    A sum over rows of mean cross-entropies; a row named n times counts n times (bolts, on a 7x7 grid, counts
+    "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6", and its rows share one prediction head). No augmentation per patch."""
+
+    look = Look("CPC v2", "#6B4C9A", "H")
+    axes = Axes(augment="cpc_patches", encode="patch encoder + masked context", extract=EXTRACTS["cpc_v2"],
+                compare="dot", loss="cross_entropy; every other patch of the batch as negative")
+    reads = ("extract", "hidden", "dim")
+    own = {"augment": "cpc_patches", "encode": "patches18", "extract": EXTRACTS["cpc_v2"]}
+
+    @classmethod
+    def validate(cls, c: RunConfig) -> None:
+        if not c.backbone.startswith("patches"):
+            raise SidaeError(f"cpc_v2 predicts patches, and backbone {c.backbone} cuts none; "
+                             "choose patches18 or patches34.")
+        extract, last = c.extract or EXTRACTS["cpc_v2"], c.size // 4 - 2
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", extract) or max(map(int, extract.split(","))) > last:
+            raise SidaeError(f"extract {extract!r} is not a list of rows below; "
+                             f"write numbers from 1 to {last} such as 2,3.")
+
+    def __init__(self, c: RunConfig, classes: int = 0) -> None:
+        super().__init__(c)
+        width = self.backbone.out_features
+        self.rows = Counter((c.extract or EXTRACTS["cpc_v2"]).split(","))
+        self.context = Context(width, c.hidden)
+        self.target = nn.Conv2d(width, c.dim, 1)
+        self.predict = nn.ModuleDict({row: nn.Conv2d(width, c.dim, 1) for row in self.rows})
+
+    def loss(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+        grid, = self.backbone.maps(views[0])  # (B, F, G, G)
+        context = self.context(grid)  # (B, F, G, G)
+        targets = self.target(grid).permute(0, 2, 3, 1)  # (B, G, G, D)
+        number = torch.arange(targets[..., 0].numel(), device=grid.device).view(targets.shape[:3])
+        z, targets = targets.detach().mean((1, 2)), targets.flatten(0, 2)  # (B, D), (B G G, D)
+
+        def score(predicted: Tensor, right: Tensor) -> Tensor:
+            return F.cross_entropy(losses.dot(predicted, targets, 0.1), right)
+
+        loss = 0
+        for row, times in self.rows.items():
+            predicted = self.predict[row](context[:, :, : -int(row)])  # (B, D, G - row, G)
+            predicted, right = predicted.permute(0, 2, 3, 1).flatten(0, 2), number[:, int(row) :].flatten()
+            loss = loss + times * by_blocks(score, len(targets), predicted, right)
+        return {"loss": loss, "z": z - z.mean(0)}  # what all targets share moves every score of a row alike
+
+
+class Embedding(nn.Module):
+    """AMDIM's way to compare maps of different widths, (B, c_in, s, s) -> (B, c_out, s, s): two 1x1
+    convolutions that start at 0, beside one that starts near the identity, then BatchNorm."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 1, bias=False)
+        self.beside = nn.Conv2d(c_in, c_out, 1)
+        self.bn = nn.BatchNorm2d(c_out)
+        nn.init.zeros_(self.conv2.weight)
+        with torch.no_grad():
+            near = torch.eye(c_out, c_in)[..., None, None]
+            self.beside.weight.uniform_(-0.01, 0.01).mul_(1 - near).add_(near)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv2(self.conv1(x).relu()) + self.beside(x))
+
+
 def comparisons(text: str) -> list[tuple[int, tuple[int, ...]]]:
-    """"01,02,11" -> [(0, (1,)), (0, (2,)), (1, (1,))]: map of the anchors, maps of the candidates; 0 is the last map, and
-    "r" any of the three, drawn anew for every step. Raises SidaeError for any other text."""
+    """"01,0r" -> [(0, (1,)), (0, (0, 1, 2))]: map of the anchors, maps of the candidates. 0 is the last map;
+    "r" is any of the three, drawn for every step. Raises SidaeError for another text."""
     pairs = text.split(",")
     if not re.fullmatch(r"[012][012r](,[012][012r])*", text) or len(set(pairs)) < len(pairs):
-        raise SidaeError(f'extract {text!r} is not a list of comparisons; write map pairs such as "01,02,11" with 0, 1 and '
-                         '2 for the last three maps and r for any of them, each pair once.')  # fmt: skip
+        raise SidaeError(f'extract {text!r} is not a list of comparisons; write map pairs such as "01,02,11" '
+                         "with 0, 1 and 2 for the last three maps and r for any of them, each pair once.")
     return [(int(a), (0, 1, 2) if b == "r" else (int(b),)) for a, b in pairs]
-
-
-def by_blocks(score: Callable[[Tensor, int], Tensor], rows: Tensor, columns: int) -> Tensor:
-    """What `score` makes of (rows, index of the first), a mean over rows, by blocks of at most BLOCK scores, at least a
-    row. Scores of more than one block are computed again on the way back, so that only one block's are ever alive."""
-    size = max(1, BLOCK // columns)
-    if size >= len(rows):
-        return score(rows, 0)
-    again = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
-    parts = [len(r) * again(r, k * size) for k, r in enumerate(rows.split(size))]
-    return torch.stack(parts).sum(0) / len(rows)
 
 
 class Composed(Method):
     """Any crossing of the five axes, each a field of the config: augment, backbone, extract, compare, loss.
 
-    extract "vector": the projections of both views, each against all the others, SimCLR's way. A list of `comparisons`:
-    one random place per image of a map of one view against all places of a map of the other, both ways.
-    compare: cosine / tau; or dot / sqrt(D), clipped softly, with 0.05 times the mean squared score added to the loss.
+    extract: "vector", the projections of both views, each against all others, as SimCLR; or `comparisons`:
+    one random place per image of one view's map against all places of the other view's, both ways.
+    compare: cosine / tau; or dot / sqrt(D), clipped softly; 0.05 times its mean square joins the loss.
     """
 
-    axes = Axes(augment="yadim", encode="any backbone", extract='"vector" or comparisons of maps', compare="dot or cosine",
-                loss="nce or info_nce")  # fmt: skip
-    reads = ("extract", "compare", "loss", "clip", "tau", "dim", "hidden")
+    look = Look("Composed", "#225555", "4")
+    axes = Axes(augment="yadim", encode="any backbone", extract='"vector" or comparisons of maps',
+                compare="dot or cosine", loss="nce or info_nce")
+    reads: tuple[str, ...] = ("extract", "compare", "loss", "clip", "tau", "dim", "hidden")
     own = {"augment": "yadim", "encode": "resnet18 (cifar)", "extract": "00", "compare": "dot", "loss": "nce"}
 
     @classmethod
-    def validate(cls, config: RunConfig) -> None:
-        if cls is Composed and not (config.extract and config.compare and config.loss):
-            raise SidaeError("A composed method names its extract, compare and loss; give all three, as `compose` does.")
-        if not augment.VIEWS[config.augment].second:
-            raise SidaeError(f"augment {config.augment!r} leaves the second view as it is, and two views are compared here; "
-                             "choose a pipeline that changes both.")  # fmt: skip
-        extract = config.extract or EXTRACTS[config.method]
-        if cls is Composed and extract == "vector":
+    def validate(cls, c: RunConfig) -> None:
+        if c.method == "composed" and not (c.extract and c.compare and c.loss):
+            raise SidaeError("A composed method names its extract, compare and loss; "
+                             "give all three, as `compose` does.")
+        if not augment.VIEWS[c.augment].second:
+            raise SidaeError(f"augment {c.augment!r} leaves the second view as it is, and two views are "
+                             "compared here; choose a pipeline that changes both.")
+        extract = c.extract or EXTRACTS[c.method]
+        if c.method == "composed" and extract == "vector":
             return
         with torch.device("meta"):
-            there = len(getattr(networks.backbone(config), "widths", ()))
+            there = len(getattr(networks.backbone(c), "widths", ()))
         if (last := max(max(a, *b) for a, b in comparisons(extract))) >= there:
-            raise SidaeError(f"extract {extract!r} asks for map {last}, and backbone {config.backbone} gives {there} maps, "
-                             "counted from 0; compare others or choose another backbone.")  # fmt: skip
+            raise SidaeError(f"extract {extract!r} asks for map {last}, and backbone {c.backbone} gives "
+                             f"{there} maps, counted from 0; compare others or choose another backbone.")
 
-    def __init__(self, config: RunConfig, classes: int = 0) -> None:
-        super().__init__(config)
-        self.extract = config.extract or EXTRACTS[config.method]
-        self.compare, self.criterion = config.compare or "dot", config.loss or "nce"
-        if self.extract == "vector":
-            self.projector = networks.projector(self.backbone.out_features, config.hidden, config.dim)
+    def __init__(self, c: RunConfig, classes: int = 0) -> None:
+        super().__init__(c)
+        extract = c.extract or EXTRACTS[c.method]
+        self.compare, self.criterion = c.compare or "dot", getattr(losses, c.loss or "nce")
+        if extract == "vector":
+            self.comparisons = []
+            self.projector = networks.projector(self.backbone.out_features, c.hidden, c.dim)
             return
-        self.pairs = comparisons(self.extract)
-        widths, crossed = self.backbone.widths, any({a} != set(b) for a, b in self.pairs)
+        self.comparisons = comparisons(extract)
+        widths, crossed = self.backbone.widths, any({a} != {*b} for a, b in self.comparisons)
         self.heads = nn.ModuleDict()
-        for k in sorted({k for a, b in self.pairs for k in (a, *b)}):  # without a BatchNorm the scores explode
-            normal = nn.Identity() if config.backbone == "amdim" and k == 0 else nn.BatchNorm2d(widths[k])
-            self.heads[str(k)] = networks.Embedding(widths[k], widths[0]) if crossed and k else normal
-        self.register_buffer("place", torch.empty(len(self.pairs), 2, config.batch))
-        self.register_buffer("map", torch.empty(len(self.pairs)))
+        for k in sorted({k for a, b in self.comparisons for k in (a, *b)}):
+            head = Embedding(widths[k], widths[0]) if crossed and k else nn.BatchNorm2d(widths[k])
+            normal = c.backbone == "amdim" and k == 0  # ends on a BatchNorm; without one the scores explode
+            self.heads[str(k)] = nn.Identity() if normal else head
+        self.register_buffer("place", torch.empty(len(self.comparisons), 2, c.batch))
+        self.register_buffer("map", torch.empty(len(self.comparisons)))
         self.after_step(**self.ahead(0, 1))
 
     def ahead(self, step: int, steps: int) -> dict[str, float | Tensor]:
-        """Where the next step's anchors lie: a function of (seed, step)."""
-        if self.extract == "vector":
-            return {}
-        generator = Generator().manual_seed(epoch_seed(self.config.seed, step / steps))
-        return {k: torch.rand(getattr(self, k).shape, generator=generator) for k in ("place", "map")}
+        """Where the next step's anchors lie, and which map "r" is: a function of (seed, step)."""
+        g = Generator().manual_seed(epoch_seed(self.config.seed, step / steps))
+        drawn = ("place", "map") if self.comparisons else ()
+        return {k: torch.rand(getattr(self, k).shape, generator=g) for k in drawn}
 
     def after_step(self, **ahead: Tensor) -> None:
         for k, v in ahead.items():
             getattr(self, k).copy_(v, non_blocking=True)
 
-    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         B = len(views[0])
-        if self.extract == "vector":
-            z = torch.cat([self.projector(self.backbone(v)) for v in views])  # (2B, D)
-            value, square = self.contrast(z, z, B, same=True)
+        if not self.comparisons:
+            z = torch.cat([self.embed(v) for v in views])  # (2B, D)
+            loss, square = self.contrast(z, z, B, same=True)
         else:
-            maps = [{k: head(m[int(k)]) for k, head in self.heads.items()} for m in map(self.backbone.maps, views)]
-            terms = []
-            for n, (a, candidates) in enumerate(self.pairs):
-                anchors = [self.anchor(maps[v][str(a)], self.place[n, v, :B]) for v in (0, 1)]  # (B, D)
-                flat = [[m[str(b)].permute(2, 3, 0, 1).flatten(0, 2) for m in maps] for b in candidates]  # (L B, D)
-                each = [(self.contrast(anchors[0], c2, B) + self.contrast(anchors[1], c1, B)) / 2 for c1, c2 in flat]
-                terms.append(torch.stack(each).index_select(0, (self.map[n : n + 1] * len(each)).long())[0])
-                z = anchors[0] if n == 0 else z
-            value, square = torch.stack(terms).sum(0)
-        out = {"loss": value, "z": z[:B].detach()}
-        return out if self.compare == "cosine" else out | {"loss": value + 0.05 * square, "l_nce": value, "square": square}
+            terms, maps = [], [{int(k): head(m[int(k)]) for k, head in self.heads.items()}
+                               for m in map(self.backbone.maps, views)]
+            for n, (a, candidates) in enumerate(self.comparisons):
+                a1, a2 = (self.anchor(m[a], place[:B]) for m, place in zip(maps, self.place[n]))  # (B, D)
+                z = a1 if n == 0 else z
+                each = []
+                for b in candidates:
+                    c1, c2 = (m[b].permute(2, 3, 0, 1).flatten(0, 2) for m in maps)  # (L B, D)
+                    each.append((self.contrast(a1, c2, B) + self.contrast(a2, c1, B)) / 2)
+                drawn = (self.map[n : n + 1] * len(each)).long()
+                terms.append(torch.stack(each).index_select(0, drawn)[0])
+            loss, square = torch.stack(terms).sum(0)
+        out = {"loss": loss, "z": z[:B].detach()}
+        if self.compare == "dot":
+            out |= {"loss": loss + 0.05 * square, "l_nce": loss, "square": square}
+        return out
 
     @staticmethod
     def anchor(m: Tensor, place: Tensor) -> Tensor:
@@ -120,88 +213,43 @@ class Composed(Method):
         return m.flatten(2).gather(2, at[:, None, None].expand(-1, m.shape[1], 1))[..., 0]
 
     def contrast(self, anchors: Tensor, candidates: Tensor, B: int, same: bool = False) -> Tensor:
-        """(2,): the loss, and the mean squared score. anchors (N, D), candidates (M, D), row n and column m of the images
-        n % B and m % B; same: they are the same vectors, and none is compared with itself."""
-        m = torch.arange(len(candidates), device=anchors.device)
+        """(2,): the loss, and the mean squared score. anchors (N, D) of the images n % B, candidates (M, D)
+        of m % B; same: they are the same vectors, and none is compared with itself."""
+        n, m = (torch.arange(len(x), device=x.device) for x in (anchors, candidates))
 
-        def score(rows: Tensor, first: int) -> Tensor:
-            n = torch.arange(first, first + len(rows), device=m.device)[:, None]
-            itself = n == m if same else torch.zeros_like(n == m)
-            with torch.autocast(rows.device.type, enabled=False):
-                if self.compare == "cosine":
-                    s = losses.cosine(rows, candidates) / self.config.tau
-                    square = s.new_zeros(())
-                else:
-                    s = losses.dot(rows.float(), candidates.float(), rows.shape[1] ** -0.5)
-                    square, s = s.square().mean(), losses.soft_clip(s, self.config.clip)
-                return torch.stack([getattr(losses, self.criterion)(s, (n % B == m % B) & ~itself, itself), square])
+        def score(rows: Tensor, n: Tensor) -> Tensor:
+            itself = (n[:, None] == m) & same
+            if self.compare == "cosine":
+                s = losses.cosine(rows, candidates) / self.config.tau
+                square = s.new_zeros(())
+            else:
+                s = losses.dot(rows, candidates, rows.shape[1] ** -0.5)
+                square, s = s.square().mean(), losses.soft_clip(s, self.config.clip)
+            return torch.stack([self.criterion(s, (n[:, None] % B == m % B) & ~itself, itself), square])
 
-        return by_blocks(score, anchors, len(candidates))
+        return by_blocks(score, len(candidates), anchors, n)
 
 
-class AMDIM(Composed):
-    """AMDIM (arXiv:1906.00910): the map of 1x1 finds the places of the maps of 5x5 and 7x7 in the other view, a place of
-    5x5 those of 5x5; on another backbone its last three maps stand in for these."""
+class AMDIM(Composed, name="amdim"):
+    """AMDIM (arXiv:1906.00910): the map of 1x1 finds the other view's places of 5x5 and 7x7, a place of 5x5
+    those of 5x5; on another backbone its last three maps stand in for these."""
 
+    look = Look("AMDIM", "#AA4466", "d")
     axes = Axes(augment="amdim", encode="AMDIM's encoder + embeddings", extract=EXTRACTS["amdim"],
-                compare="dot + soft_clip", loss="nce; places of other images as negatives")  # fmt: skip
+                compare="dot + soft_clip", loss="nce; places of other images as negatives")
     reads = ("extract", "clip")
     own = Composed.own | {"augment": "amdim", "encode": "amdim", "extract": EXTRACTS["amdim"]}
 
 
-class YADIM(AMDIM):
-    """YADIM-like (arXiv:2009.00104, whose body and code could not be had): an encoder-agnostic DIM, as abstract and library
-    make likely. Own flips, any backbone that has maps; places of the last map find places of the last map."""
+class YADIM(Composed, name="yadim"):
+    """YADIM-like (arXiv:2009.00104, whose body and code could not be had): an encoder-agnostic DIM as
+    abstract and library make likely: own flips, places of the last map find places of the last map."""
 
-    axes = Axes(augment="yadim", encode="any backbone with maps + BatchNorm of each map", extract=EXTRACTS["yadim"],
-                compare="dot + soft_clip", loss="nce; places of other images as negatives")  # fmt: skip
-    own = Composed.own
+    look = Look("YADIM-like", "#117733", "*")
+    axes = Axes(augment="yadim", encode="any backbone with maps + BatchNorm of each map",
+                extract=EXTRACTS["yadim"], compare="dot + soft_clip",
+                loss="nce; places of other images as negatives")
+    reads = AMDIM.reads
 
 
-class CPC(Method):
-    """CPC v2 (arXiv:1905.09272): the context of the rows above predicts the patches `extract` rows below, among all
-    patches of the batch, those of the same image too. A sum over the rows of mean cross-entropies.
-
-    A row named n times counts n times: the authors' library, in bolts, counts "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6" on a 7x7
-    grid. One prediction head per row, as in the paper (there: one for all). No augmentation per patch. The context network's
-    padding is not bolts' (`networks.Context`).
-    """
-
-    axes = Axes(augment="cpc_patches", encode="patch encoder + masked context", extract=EXTRACTS["cpc_v2"],
-                compare="dot", loss="cross_entropy; every other patch of the batch as negative")  # fmt: skip
-    reads = ("extract", "hidden", "dim")
-    own = {"augment": "cpc_patches", "encode": "patches18", "extract": EXTRACTS["cpc_v2"]}
-
-    @classmethod
-    def validate(cls, config: RunConfig) -> None:
-        if not config.backbone.startswith("patches"):
-            raise SidaeError(f"cpc_v2 predicts patches, and backbone {config.backbone} cuts none; choose patches18 or "
-                             "patches34.")  # fmt: skip
-        extract, last = config.extract or EXTRACTS["cpc_v2"], config.size // 4 - 2
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", extract) or max(map(int, extract.split(","))) > last:
-            raise SidaeError(f"extract {extract!r} is not a list of rows below; write numbers from 1 to {last} such as 2,3.")
-
-    def __init__(self, config: RunConfig, classes: int = 0) -> None:
-        super().__init__(config)
-        width = self.backbone.out_features
-        self.rows = Counter((config.extract or EXTRACTS["cpc_v2"]).split(","))
-        self.context = networks.Context(width, config.hidden)
-        self.target = nn.Conv2d(width, config.dim, 1)
-        self.predict = nn.ModuleDict({row: nn.Conv2d(width, config.dim, 1) for row in self.rows})
-
-    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        grid, = self.backbone.maps(views[0])  # (B, F, G, G)
-        context, targets = self.context(grid), self.target(grid).permute(0, 2, 3, 1)  # (B, G, G, D)
-        number = torch.arange(targets[..., 0].numel(), device=grid.device).view(targets.shape[:3])
-        z, targets, value = targets.detach().mean((1, 2)), targets.flatten(0, 2), 0
-        for row, times in self.rows.items():
-            r = int(row)
-            predicted = self.predict[row](context[:, :, :-r]).permute(0, 2, 3, 1).flatten(0, 2)  # (B (G - r) G, D)
-            right = number[:, r:].flatten()
-
-            def score(p: Tensor, first: int, right: Tensor = right) -> Tensor:
-                with torch.autocast(p.device.type, enabled=False):
-                    return F.cross_entropy(losses.dot(p.float(), targets.float(), 0.1), right[first : first + len(p)])
-
-            value = value + times * by_blocks(score, predicted, len(targets))
-        return {"loss": value, "z": z - z.mean(0)}  # what all targets share moves every score of a row alike
+METHODS["composed"] = Composed  # behind its special cases

@@ -1,87 +1,91 @@
-"""SidAE, and the two methods it joins: "Self-Supervised Siamese Autoencoders" (arXiv:2304.02549) on one screen."""
+"""SidAE and the two methods it joins: "Self-Supervised Siamese Autoencoders" (arXiv:2304.02549)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import losses, networks
 from ..config import RunConfig
-from .base import Axes, Method
+from .base import Axes, Batch, Look, Method, Views
 
-_NETWORK = ("dim", "hidden", "proj_affine")
-_SIAMESE = ("pred_hidden", "predictor_lr")
-_DECODER = ("decoder", "target", "recon", "recon_target", "output")
+NETWORK = ("dim", "hidden", "proj_affine")
+SIAMESE = ("pred_hidden", "predictor_lr")
+DECODER = ("decoder", "target", "recon", "recon_target", "output")
 
 
-class SidAE(Method):
+class SidAE(Method, name="sidae"):
     """Siamese denoising autoencoder, Sec. 3.2: L = w L_si + (1 - w) L_dae.
+    w = 1 is SimSiam and runs no decoder, w = 0 the denoising autoencoder and runs no predictor."""
 
-    w = 1 is SimSiam and runs no decoder, w = 0 the denoising autoencoder and runs no predictor.
-    """
-
+    look = Look("SidAE", "#D55E00", "o")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector; predictor and decoder on top",
                 extract="last vector per view", compare="cosine_similarity; mse_loss",
-                loss="sidae of neg_cosine with stop-gradient and recon_mse, no negatives")  # fmt: skip
-    reads = ("w", *_NETWORK, *_SIAMESE, *_DECODER)
-    fixed_w: float | None = None
+                loss="sidae of neg_cosine with stop-gradient and recon_mse, no negatives")
+    reads = ("w", *NETWORK, *SIAMESE, *DECODER)
+    fixed_w: float | None = None  # a class of its own may set it; else it is the config's
 
-    def __init__(self, config: RunConfig, classes: int = 0) -> None:
-        super().__init__(config)
-        c = config
-        self.w = c.w if self.fixed_w is None else self.fixed_w
+    def __init__(self, c: RunConfig, classes: int = 0) -> None:
+        super().__init__(c)
+        w = c.w if self.fixed_w is None else self.fixed_w
+        self.register_buffer("w", torch.tensor(w), persistent=False)  # as a tensor a grid of w compiles once
         self.projector = networks.projector(self.backbone.out_features, c.hidden, c.dim, c.proj_affine)
-        self.predictor = networks.predictor(c.dim, c.pred_hidden) if self.w > 0 else None
-        self.decoder: nn.Module | None = None
-        if self.w < 1:
-            self.decoder = networks.Decoder(c.dim, width=c.decoder, channels=c.channels, size=c.size, output=c.output)
+        self.predictor = networks.predictor(c.dim, c.pred_hidden) if w > 0 else None
+        images = {"channels": c.channels, "size": c.size, "output": c.output}
+        self.decoder = networks.Decoder(c.dim, width=c.decoder, **images) if w < 1 else None
 
-    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        z1, z2 = (self.projector(self.backbone(v)) for v in views)  # f: encoder with projector, Fig. 2    (B, D)
+    def loss(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+        z1, z2 = map(self.embed, views)  # f: encoder and projector, Fig. 2                            (B, D)
         out = {"z": z1.detach(), **self.terms(z1, z2, views, batch)}
         if len(out) == 3:
-            out["loss"] = losses.sidae(out["l_si"], out["l_dae"], batch.get("w", self.w))
+            out["loss"] = losses.sidae(out["l_si"], out["l_dae"], self.w)
         else:
             out["loss"] = out["l_si"] if self.decoder is None else out["l_dae"]
         return out
 
-    def terms(self, z1: Tensor, z2: Tensor, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def terms(self, z1: Tensor, z2: Tensor, views: Views, batch: Batch) -> dict[str, Tensor]:
         out = {}
         if self.predictor is not None:
-            p1, p2 = self.predictor(z1), self.predictor(z2)  # h                                           (B, D)
+            p1, p2 = self.predictor(z1), self.predictor(z2)  # h                                       (B, D)
             out["l_si"] = (losses.neg_cosine(p1, z2) + losses.neg_cosine(p2, z1)) / 2  # eq. 1
         if self.decoder is not None:
-            t1, t2 = self.targets(views, batch)  # the undisturbed image, Sec. 3.1
-            e1, e2 = (losses.recon_mse(self.decoder(z), t, self.config.recon) for z, t in ((z1, t1), (z2, t2)))  # g
-            out["l_dae"] = (e1 + e2) / 2  # no stop-gradient: the decoder's gradient reaches the backbone
+            t1, t2 = self.targets(views, batch)  # the undisturbed image, Sec. 3.1               (B, C, S, S)
+            x1, x2 = self.decoder(z1), self.decoder(z2)  # g; its gradient reaches the backbone  (B, C, S, S)
+            recon = self.config.recon
+            out["l_dae"] = (losses.recon_mse(x1, t1, recon) + losses.recon_mse(x2, t2, recon)) / 2
         return out
 
-    def gauges(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def targets(self, views: Views, batch: Batch) -> Views:
+        t = (batch["x1"], batch["x2"]) if self.config.recon_target == "clean" else views
+        if self.config.target == "standardised":
+            return t
+        return tuple(x * batch["std"] + batch["mean"] for x in t)
+
+    def gauges(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         """What w really balances: the norm of each term's gradient at (z1, z2), before w."""
         if self.predictor is None or self.decoder is None:
             return {}
-        z = [self.projector(self.backbone(v)).detach().requires_grad_() for v in views]
-        return {k.replace("l_", "grad_"): torch.cat(torch.autograd.grad(term, z)).norm()
-                for k, term in self.terms(*z, views, batch).items()}  # type: ignore[call-arg]
-
-    def targets(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        t = (batch["x1"], batch["x2"]) if self.config.recon_target == "clean" else views
-        return t if self.config.target == "standardised" else tuple(x * batch["std"] + batch["mean"] for x in t)
+        z1, z2 = (self.embed(v).detach().requires_grad_() for v in views)
+        terms = self.terms(z1, z2, views, batch)
+        grads = {k: torch.autograd.grad(term, (z1, z2)) for k, term in terms.items()}
+        return {k.replace("l_", "grad_"): torch.cat(g).norm() for k, g in grads.items()}
 
 
-class SimSiam(SidAE):
-    """SimSiam (arXiv:2011.10566): SidAE at w = 1. Deviations: a literal lr, cosine on the predictor too, residual blocks that
-    do not start at 0 unless `zero_init`."""
+class SimSiam(SidAE, name="simsiam"):
+    """SimSiam (arXiv:2011.10566): SidAE at w = 1.
+    Deviations: a literal lr, cosine on the predictor too, blocks that do not start at 0 unless `zero_init`."""
 
+    look = Look("SimSiam", "#0072B2", "s")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, predictor on one side",
                 extract="last vector per view", compare="cosine_similarity",
-                loss="neg_cosine with stop-gradient, no negatives")  # fmt: skip
-    reads = (*_NETWORK, *_SIAMESE)
+                loss="neg_cosine with stop-gradient, no negatives")
+    reads = (*NETWORK, *SIAMESE)
     fixed_w = 1.0
 
 
-class DenoisingAutoencoder(SidAE):
+class DenoisingAutoencoder(SidAE, name="dae"):
     """The paper's autoencoder: SidAE at w = 0, two noisy views, each reconstructed to the clean image (Sec. 4.1)."""
 
+    look = Look("Autoencoder", "#009E73", "^")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, decoder on top",
-                extract="last vector per view", compare="mse_loss", loss="recon_mse, no negatives")  # fmt: skip
-    reads = (*_NETWORK, *_DECODER)
+                extract="last vector per view", compare="mse_loss", loss="recon_mse, no negatives")
+    reads = (*NETWORK, *DECODER)
     fixed_w = 0.0

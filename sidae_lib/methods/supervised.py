@@ -4,29 +4,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import RunConfig
-from .base import Axes, Method
+from .base import Axes, Batch, Look, Method, Views
 
 
-class Supervised(Method):
-    """A network trained from scratch with labels (arXiv:2304.02549 Sec. 4.1). Recipe: open in the paper, here the
-    downstream one (lr 0.05, batch 256, 50 epochs), with and without augmentation."""
+class Supervised(Method, name="supervised"):
+    """A network trained from scratch with labels (arXiv:2304.02549 Sec. 4.1). The paper leaves the recipe
+    open; ours is its downstream one (lr 0.05, batch 256, 50 epochs), with and without augmentation."""
 
-    axes = Axes(augment="none", encode="backbone + fully connected layer", extract="class scores of the first view",
-                compare="none", loss="cross_entropy with labels")  # fmt: skip
+    look = Look("Supervised", "#000000")
+    axes = Axes(augment="none", encode="backbone + fully connected layer",
+                extract="class scores of the first view", compare="none", loss="cross_entropy with labels")
     reads = ("labels", "label_count", "label_seed")
     labels = True
 
-    def __init__(self, config: RunConfig, classes: int = 0) -> None:
-        super().__init__(config)
+    def __init__(self, c: RunConfig, classes: int = 0) -> None:
+        super().__init__(c)
         self.fc = nn.Linear(self.backbone.out_features, classes)
 
-    def loss(self, views: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         h = self.backbone(views[0])  # (B, F)
         return {"loss": F.cross_entropy(self.fc(h), batch["labels"]), "z": h.detach()}
 
 
-class Untrained(Method):
+class Untrained(Method, name="untrained"):
     """A network as initialised: a method that does not beat it has learned nothing. It is never stepped."""
 
+    look = Look("Untrained", "#7F7F7F")
     axes = Axes(augment="none", encode="backbone", extract="pooled vector", compare="none", loss="none")
     own = {"encode": "resnet18|small_cnn"}

@@ -1,0 +1,310 @@
+"""The papers' numbers and claims as data, and what our records say to each.
+
+`published.csv` holds every number with its source. `claims.csv` holds every claim in words, with the figure
+whose evaluations it reads, and how:
+
+rows     which evaluations count: a query of the columns of `frames.evaluations` and `_read`
+sides    "better > worse": which of them should have the higher accuracy, and which the lower
+case     the name of a comparison. The claim is tested for each value of the columns in braces: {display} is
+         the same on both sides, {worse.method} is of one side. Both sides have the same share of labels.
+measure  what is compared where it is not accuracy: a function below
+margin   how far apart the sides may be where the claim is that they are alike
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import frames
+from .differences import SEEDS, Difference, between, by_seed, difference, holm, where
+
+PROBE = "frozen, linear SGD 50 epochs"  # the protocol of Table 1, which kind linear repeats
+TABLE = "datasets_table"  # the figure whose evaluations stand beside the published numbers
+NAMES = {"value": "published", "se": "published_se", "pretrain_data": "pretrain_name"}  # beside ours
+VERDICTS = ("supported", "contradicted", "undecided")
+BOARD = ["paper", "source", "statement", "claim verdict", "case", "n", "ours", "se", "published",
+         "published_se", "difference", "low", "high", "z", "p", "verdict", "after Holm",
+         "would decide"]  # fmt: skip
+
+
+def table(**by: str | float) -> pd.DataFrame:
+    """Rows of published.csv, filtered by column. labels: share in (0, 1]; value and se in percent."""
+    return where(pd.read_csv(Path(__file__).with_name("published.csv")), by)
+
+
+def beside_published(summary: pd.DataFrame) -> pd.DataFrame:
+    """The last checkpoint by the SGD probe, from `frames.summary`, with the number of Table 1 for the same
+    pre-training set, set and share of labels."""
+    last = summary[(summary["epoch"] == summary["of"]) & summary["kind"].isin(["linear", "classifier"])]
+    by = ["pretrain_name", "data", "method", "labels"]
+    paper = table(source="Table 1", protocol=PROBE).rename(columns=NAMES | {"epochs": "published_epochs"})
+    out = last.merge(paper[[*by, "published", "published_se", "published_epochs"]], on=by, how="left")
+    out["ours"] = [frames.mean_se(*pair) for pair in zip(out["mean"], out["se"])]
+    out["paper"] = [frames.mean_se(*pair) for pair in zip(out["published"], out["published_se"])]
+    ratio = out["mean"] / out["published"]
+    return out.assign(**{"ours / paper": ratio.map("{:.2f}".format).where(ratio.notna(), "")})
+
+
+# --- the scoreboard -----------------------------------------------------------------------------------------
+
+
+def scoreboard(records: Mapping[str, Sequence[dict[str, Any]]], scale: str) -> pd.DataFrame:
+    """Every published number that our evaluations speak to, and every claim that they decide or leave open.
+
+    records: figure -> the evaluation records that it asks for at one scale. A claim reads those of its figure
+    alone; unfinished runs are left out. A number has ours, n, se, published, difference and, where they can
+    be compared, z = difference / sqrt(se^2 + published_se^2); its verdict says whether a copy of the data,
+    such as re-compressed images, gave it. A claim has a row per case: the mean difference over seeds in
+    points, positive as claimed, its 95 % interval, p and the verdict of this case alone; its verdict after
+    Holm's correction over the cases of the claim (family-wise 5 %); and what would decide it.
+    """
+    read = {figure: _read(frames.evaluations(found)) for figure, found in records.items() if found}
+    claimed = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
+    claimed = claimed[claimed["figure"].isin(read)]
+    rows = []
+    for _, claim in claimed.groupby("claim", sort=False):
+        rows += _judged(list(claim.itertuples()), read)
+    numbers = _numbers(read[TABLE], scale) if TABLE in read else pd.DataFrame()
+    out = pd.concat([numbers, pd.DataFrame(rows)]).reindex(columns=BOARD).replace([np.inf, -np.inf], np.nan)
+    return out.round(dict.fromkeys(BOARD, 2) | {"p": 4}).reset_index(drop=True)
+
+
+def claims(board: pd.DataFrame) -> pd.DataFrame:
+    """A row per claim of a `scoreboard`: its verdict as a whole, its cases, those of three seeds (tested),
+    how many of these have each verdict when judged alone, and how many chance would decide."""
+    rows = []
+    for about, cases in board[board["published"].isna()].groupby(BOARD[:3], sort=False):
+        tested = cases[cases["n"] >= SEEDS]
+        alone = [(tested["verdict"] == verdict).sum() for verdict in VERDICTS]
+        whole = cases["claim verdict"].iloc[0]
+        rows.append((*about, whole, len(cases), len(tested), *alone, round(0.05 * len(tested), 2)))
+    return pd.DataFrame(rows, columns=[*BOARD[:3], "verdict", "cases", "tested", *VERDICTS, "by chance"])
+
+
+def _judged(rows: Sequence[Any], read: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """The cases of a claim, the rows of claims.csv with its words, each judged alone and all together."""
+    c, cases = rows[0], [case for row in rows for case in compared(row, read[row.figure])]
+    limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
+    tested = [k for k, (_, d) in enumerate(cases) if len(d) >= SEEDS]
+    p = [cases[k][1].p(*limits) for k in tested]
+    alone = [d.verdict(*limits) for _, d in cases]
+    corrected = {k: alone[k] if rejected else "undecided" for k, rejected in zip(tested, holm(p))}
+    whole = _as_one(list(corrected.values()))
+    for k, (case, d) in enumerate(cases):
+        mean, low, high = d.interval()
+        yield {"paper": c.paper, "source": c.source, "statement": c.claim, "claim verdict": whole,
+               "case": case, "n": len(d), "difference": mean, "low": low, "high": high,
+               "p": dict(zip(tested, p)).get(k, np.nan), "verdict": alone[k],
+               "after Holm": corrected.get(k, alone[k]), "would decide": d.would_decide(*limits)}  # fmt: skip
+
+
+def _as_one(verdicts: Sequence[str]) -> str:
+    """The verdict of a claim, from those of its tested cases after Holm's correction."""
+    yes, no = (verdicts.count(v) for v in VERDICTS[:2])
+    if not verdicts:
+        return "undecided (fewer than three seeds)"
+    if yes and no:
+        return f"mixed: {yes} for, {no} against, of {len(verdicts)}"
+    if not yes and not no:
+        return "undecided"
+    verdict = "supported" if yes else "contradicted"
+    return verdict if yes + no == len(verdicts) else f"{verdict} in {yes + no} of {len(verdicts)} cases"
+
+
+def compared(claim: Any, frame: pd.DataFrame) -> Iterator[tuple[str, Difference]]:
+    """(case, difference) of each comparison that a row of claims.csv asks for, positive as claimed."""
+    rows = MEASURES[claim.measure](frame)
+    if claim.rows:
+        rows = rows.query(claim.rows)
+    if rows.empty:
+        return
+    better, worse = (rows.query(side, engine="python") for side in claim.sides.split(" > "))
+    named = [field for _, field, _, _ in Formatter().parse(claim.case) if field]
+    shared = ["labels", *(field for field in named if "." not in field)]
+    of_better, of_worse = ([f.removeprefix(side) for f in named if f.startswith(side)]
+                           for side in ("better.", "worse."))  # fmt: skip
+    for key, one in better.groupby(shared + of_better, sort=False):
+        for other_key, other in worse.groupby(shared + of_worse, sort=False):
+            if key[: len(shared)] == other_key[: len(shared)]:
+                first, d = one.iloc[0], between(_extreme(one, "idxmin"), _extreme(other, "idxmax"))
+                if len(d):
+                    yield claim.case.format(**first, better=first, worse=other.iloc[0]), d
+
+
+def _extreme(rows: pd.DataFrame, pick: str) -> pd.DataFrame:
+    """Of several methods or augmentations the rows, by seed, with the least or the greatest accuracy."""
+    groups = rows.groupby(["method", "augment"])
+    if groups.ngroups == 1:
+        return rows
+    chosen = getattr(pd.DataFrame({key: by_seed(part)["accuracy"] for key, part in groups}), pick)(axis=1)
+    return rows[[chosen[r.seed] == (r.method, r.augment) for r in rows.itertuples()]]
+
+
+def _numbers(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
+    """Our means beside the published numbers of the same probe."""
+    by = ["method", "pretrain_name", "data", "display", "labels"]
+    last = _plain(frame).query("last and kind == 'linear'")
+    ours = last.groupby(by, sort=False)["accuracy"].agg(ours="mean", se="sem", n="count").reset_index()
+    paper = table(protocol=PROBE).rename(columns=NAMES)
+    out = ours.merge(paper, on=["method", "pretrain_name", "data", "labels"])
+    out["difference"] = out["ours"] - out["published"]
+    out["z"] = out["difference"] / np.hypot(out["se"], out["published_se"].fillna(0))
+    out["verdict"] = [_beside(r, scale) for r in out.itertuples()]
+    out["z"] = [np.nan if v.startswith("not") else z for z, v in zip(out["z"], out["verdict"])]
+    out["statement"] = out["method"]
+    out["case"] = [f"{r.display}, {frames.percent(r.labels)}"
+                   + f", from {r.pretrain_name}" * (r.pretrain_name != r.data) for r in out.itertuples()]
+    return out
+
+
+def _beside(row: Any, scale: str) -> str:
+    """The verdict on a number, or why there is none."""
+    if isinstance(row.note, str) and row.note.startswith("suspect"):
+        return "not comparable: suspect cell"
+    if scale != "paper":
+        return f"not comparable: {scale} scale"
+    verdict = "above" if row.z > 0 else "below"
+    if not abs(row.z) < np.inf:
+        verdict = "undecided"
+    elif abs(row.z) <= 2:
+        verdict = "agrees"
+    return verdict + ", data copy" * ("copy" in row.display)
+
+
+# --- what is compared ---------------------------------------------------------------------------------------
+
+SERIES = ["display", "pretrain", "labels", "kind", "scored", "method", "pairs", "w", "target", "augment"]
+
+
+def _read(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frames.evaluations` of finished runs, with the columns that claims.csv speaks of beside theirs:
+
+    share: of the labels, in words; many, scarce: it is the largest, the least.  own: pre-trained on the set
+    that is classified.  probe: by the SGD probe, or the supervised network itself.  pretrained: by one of the
+    paper's three methods.  last, first: the checkpoint of the last epoch, the first one.  half: the last
+    checkpoint in the first half of training.  method: without its pairs; pairs: none, mined, random, ...
+    """
+    frame = frame[frame.groupby("run_key")["epoch"].transform("max") >= frame["of"]]
+    frame = frame.assign(**{c: None for c in ("metric", "channels", "undone") if c not in frame})
+    names = frame["method"].str.extract(r"^(\w+)(?: \+ \d+ (\w+))?$")
+    labels, epoch, of = frame["labels"], frame["epoch"], frame["of"]
+    frame = frame.assign(method=names[0], pairs=names[1].fillna("none"), list=frame["method"],
+                         share=labels.map(frames.percent), many=labels == labels.max(),
+                         scarce=labels == labels.min(), own=frame["pretrain"] == frame["display"],
+                         last=epoch == of, probe=frame["kind"].isin(["linear", "classifier"]),
+                         pretrained=names[0].isin(["sidae", "simsiam", "dae"]))  # fmt: skip
+    series = frame.assign(until_half=epoch.where(2 * epoch <= of)).groupby(SERIES, sort=False)
+    frame["first"] = epoch == series["epoch"].transform("min")
+    frame["half"] = (epoch == series["until_half"].transform("max")) & (epoch > 0)
+    lists = frame.groupby(["display", "pretrain", "labels", "method", "pairs"])["list"]
+    return frame[frame["list"] == lists.transform("first")]  # pairs of other numbers of images are no claim's
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies on test images, without the sweep's other methods by w or by the scale of the targets, and
+    without the supervised network that sees augmented images."""
+    return frame.query("scored == 'test' and w == 0.5 and target == 'standardised, mean' and "
+                       "(method != 'supervised' or augment == 'none')")  # fmt: skip
+
+
+def _distance(frame: pd.DataFrame) -> pd.DataFrame:
+    """From the method's own mean over seeds: compared by pairs, a Levene test. The test images are taken as
+    given: what they do to all seeds alike cancels."""
+    last = _plain(frame).query("last")
+    seeds = last.groupby(SERIES)["accuracy"]
+    apart = (last["accuracy"] - seeds.transform("mean")).abs()
+    return last.assign(accuracy=apart, error=0.0, right="")[seeds.transform("count") > 1]
+
+
+def _late_spread(frame: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviation over the second half of the checkpoints, by seed; test images taken as given."""
+    late = _plain(frame).query("epoch >= of / 2")
+    spread = late.groupby([*SERIES, "seed"])["accuracy"].transform("std")
+    return late.assign(accuracy=spread, error=0.0, right="").query("last")
+
+
+def _sweep(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a sweep of more than one w inside (0, 1), of the seeds that have every w. Its ends, w = 0
+    and w = 1, are the autoencoder and SimSiam."""
+    own = frame.query("own and last and kind == 'linear' and pretrained and target == 'standardised, mean'")
+    own = own.assign(w=own["method"].map({"dae": 0.0, "simsiam": 1.0}).fillna(own["w"]),
+                     end=own["method"].map({"dae": "the autoencoder", "simsiam": "SimSiam"}))  # fmt: skip
+    by = ["scored", "display", "labels"]
+    tried = own.groupby(by)["w"].transform("nunique")
+    return own[(tried > 3) & (own.groupby([*by, "seed"])["w"].transform("nunique") == tried)]
+
+
+def _chosen_w(frame: pd.DataFrame) -> pd.DataFrame:
+    """SidAE at the w inside (0, 1) that is best on validation images, and both ends, all on test images."""
+    swept, by = _sweep(frame), ["display", "labels"]
+    inside = swept.query("scored == 'val' and 0 < w < 1")
+    means = inside.groupby([*by, "w"], as_index=False)["accuracy"].mean()
+    best = means.sort_values("accuracy", ascending=False, kind="stable").drop_duplicates(by)
+    tested = swept.query("scored == 'test'").merge(best[[*by, "w"]].rename(columns={"w": "best"}), on=by)
+    tested = tested.assign(chosen=tested["w"] == tested["best"])
+    tested = tested.sort_values("labels", ascending=False, kind="stable")
+    return tested[tested["chosen"] | tested["end"].notna()]
+
+
+def _rows(d: Difference, **columns: Any) -> pd.DataFrame:
+    """A difference as rows that can be compared again; no share of labels is theirs."""
+    same = {"labels": 0.0, "error": d.images, "right": "", "run_key": "", "method": "", "augment": ""}
+    return pd.DataFrame({"seed": d.seeds.index, "accuracy": d.seeds.array}).assign(**same | columns)
+
+
+def _differences(frame: pd.DataFrame, by: list[str], one: dict, other: dict) -> pd.DataFrame:
+    """The `difference` of each group as rows."""
+    groups = frame.groupby(by, sort=False)
+    rows = [_rows(difference(part, one, other), **dict(zip(by, key))) for key, part in groups]
+    return pd.concat([pd.DataFrame(), *rows])
+
+
+def _end_costs(frame: pd.DataFrame) -> pd.DataFrame:
+    """What an end of w costs against w = 0.5, with scarce and with many labels."""
+    swept = _sweep(frame).query("scored == 'test' and many != scarce")
+    ends = [_differences(swept, ["display", "scarce"], {"w": w}, {"w": 0.5}).assign(w=w) for w in (0.0, 1.0)]
+    return pd.concat(ends)
+
+
+def _lost(frame: pd.DataFrame) -> pd.DataFrame:
+    """What a method loses from many to scarce labels."""
+    last = _plain(frame).query("own and probe and last and many != scarce")
+    return _differences(last, ["display", "method"], {"many": True}, {"scarce": True})
+
+
+def choices(frame: pd.DataFrame, method: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(axis, rows) of a method: its own choice (`own`), and those that depart from it on this axis alone."""
+    named = [method, "composed"] if method == "yadim" else [method]
+    rows = frame[frame["method"].isin(named) & ~frame["varied"].str.contains(";")]
+    rows = rows[(rows["method"] == method) | (rows["varied"] != "")]
+    axes, names = (rows["varied"].str.split(": ").str[k].fillna("") for k in (0, 1))
+    for axis in dict.fromkeys(axes[axes != ""]):
+        yield axis, rows.assign(choice=names, own=axes == "")[axes.isin([axis, ""])]
+
+
+def _choice_spread(frame: pd.DataFrame) -> pd.DataFrame:
+    """Best less worst choice of an axis of AMDIM, CPC and YADIM, by seed."""
+    found = [pd.DataFrame()]
+    for (display, share), part in frame.query("kind == 'logistic'").groupby(["display", "share"], sort=False):
+        images = (2 * (part["error"] ** 2).mean()) ** 0.5  # of two accuracies, each on test images of its own
+        for method in ("yadim", "amdim", "cpc_v2"):
+            for axis, rows in choices(part, method):
+                wide = rows.pivot_table(index="seed", columns="choice", values="accuracy").dropna()
+                spread = Difference(wide.max(axis=1) - wide.min(axis=1), images)
+                found.append(_rows(spread, display=display, share=share, axis=axis, method=method))
+    return pd.concat(found)
+
+
+MEASURES: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "": _plain,
+    "distance from the mean over seeds": _distance,
+    "spread over late epochs": _late_spread,
+    "w chosen on validation images": _chosen_w,
+    "cost of an end of w": _end_costs,
+    "lost with scarce labels": _lost,
+    "spread over choices": _choice_spread,
+}

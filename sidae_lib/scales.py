@@ -1,0 +1,169 @@
+"""How large an experiment is: the scales, each method's recipe, and a run and its evaluations at a scale."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import data, methods
+from .config import EvalConfig, RunConfig, SidaeError, typed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large an experiment is; a method leaves out the fields of `run` that it does not read."""
+
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    labels: tuple[float, float]  # many, scarce: shares of the training labels
+    epochs: dict[str, int]  # per data set
+    points: int  # checkpoints that are evaluated, evenly spaced
+    run: dict[str, Any]
+    pool: dict[str, int] = field(default_factory=dict)  # pre-training images; all of a set that is not named
+    neighbours: tuple[int, int] = (200, 20)  # kNN's k with many and with scarce labels
+    supervised_epochs: int = 50
+    pictured: int = 1000  # points on a map
+    weights: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)  # w of Figure 4
+    transfer: tuple[str, ...] = ("photos", "digits", "photos")  # pre-training set, then the sets to classify
+    repeats: int = 1  # classifier seeds of an SGD probe
+
+
+_SMALL = {"backbone": "small_cnn", "dim": 64, "hidden": 64, "pred_hidden": 16, "decoder": 64, "splits": 2,
+          "queue": 128, "prototypes": 64, "batch": 64}  # fmt: skip
+_NARROW = {"width": 16, "dim": 256, "hidden": 256, "pred_hidden": 64, "decoder": 128, "splits": 4,
+           "queue": 512, "prototypes": 512, "batch": 128}  # fmt: skip
+_REAL = ("mnist", "fashion_mnist", "cifar10")
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(  # tests and notebook validation: seconds
+        datasets=("digits", "photos"), seeds=(0,), labels=(0.2, 0.1), points=2, run=_SMALL,
+        epochs={"digits": 2, "photos": 2}, pool={"digits": 256, "photos": 256}, neighbours=(20, 5),
+        supervised_epochs=2, pictured=150, weights=(0, 0.5, 1)),
+    "quick": Scale(  # everything works, no download: minutes
+        datasets=("digits", "photos"), seeds=(0,), labels=(0.5, 0.1), points=4, run=_NARROW,
+        epochs={"digits": 20, "photos": 8}, neighbours=(20, 5), supervised_epochs=20),
+    "laptop": Scale(  # trends on real images without a GPU: hours; 65 x 39 and 55 x 46 steps, at least 2,500
+        datasets=_REAL, seeds=(0, 1, 2), labels=(0.1, 0.01), points=5, run={**_NARROW, "queue": 1024},
+        epochs={"mnist": 55, "fashion_mnist": 55, "cifar10": 65, "tinyimagenet32": 65},
+        pool={"mnist": 6000, "fashion_mnist": 6000, "cifar10": 5000, "tinyimagenet32": 5000},
+        transfer=("tinyimagenet32", "cifar10")),
+    "paper": Scale(  # the paper's protocol, all of it
+        datasets=_REAL, seeds=(0, 1, 2, 3, 4), labels=(1.0, 0.01), points=8, run={"precision": "bf16"},
+        epochs=dict.fromkeys((*_REAL, "stl10", "tinyimagenet32"), 200), repeats=5,
+        weights=tuple(k / 10 for k in range(11)), transfer=("stl10", "stl10", "cifar10")),
+}  # fmt: skip
+
+# Adam as in AMDIM's and bolts' code, its rate whatever the batch; the warm-up there is 500 steps of 75,000
+_ADAM = {"optimizer": "adam", "momentum": 0.8, "weight_decay": 1e-5}
+_DIM = {**_ADAM, "lr": 2e-4, "schedule": "steps", "warmup": 0.05}
+_YADIM = {**_DIM, "backbone": "resnet18", "stem": "cifar", "clip": 10.0}
+# What sets a method apart from the defaults on CIFAR-10; lr is for batch 512. MoCo's values are the MoCo
+# demo's, the other heads and rates (0.06 at batch 128) are lightly's CIFAR-10 benchmark's. Smaller scales cap
+# the heads at their `hidden`. VICReg's rate is divided by the 25 of its loss: without LARS and warm-up
+# D = 2048 diverges within ten steps even at 0.03.
+RECIPES: dict[str, dict[str, Any]] = {
+    "simclr": {"dim": 128, "hidden": 512, "tau": 0.5, "lr": 0.24},
+    "moco_v2": {"dim": 128, "hidden": 512, "lr": 0.06},
+    "nnclr": {"dim": 256, "pred_hidden": 4096, "tau": 0.2, "lr": 0.24},
+    "fnc": {"dim": 128, "hidden": 512, "tau": 0.2, "lr": 0.24},
+    "byol": {"dim": 256, "hidden": 1024, "pred_hidden": 1024, "lr": 0.24},
+    "vicreg": {"lr": 0.01},
+    "dino": {"dim": 256, "lr": 0.24},
+    "barlow_twins": {"lr": 0.24},
+    "amdim": {**_DIM, "backbone": "amdim"},
+    "yadim": _YADIM,
+    "composed": _YADIM,
+    "cpc_v2": {**_ADAM, "lr": 1e-4, "schedule": "constant", "backbone": "patches18", "batch": 64, "dim": 64,
+               "hidden": 256},
+}  # fmt: skip
+# The supervised network is trained from scratch as the paper trains its classifiers.
+DOWNSTREAM = {"lr": 0.05, "batch": 256, "weight_decay": 0.0, "schedule": "constant", "augment": "none"}
+GREY = ("mnist", "fashion_mnist", "digits")
+PROBES = ("linear", "logistic", "knn")
+SSL = ("sidae", "simsiam", "dae")
+Needs = tuple[list[RunConfig], list[EvalConfig]]
+
+
+def scale_of(name: str) -> Scale:
+    if typed("scale", name, str) not in SCALES:
+        raise SidaeError(f"Unknown scale {name!r}; choose from {', '.join(SCALES)}.")
+    return SCALES[name]
+
+
+def views(dataset: str) -> str:
+    """SimSiam's augmentation for a set: grey images have no colour to change."""
+    return "simsiam_grey" if dataset in GREY else "simsiam_cifar"
+
+
+def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunConfig:
+    """One pre-training run of a method on a named set at a scale; `changes` are RunConfig fields."""
+    s = scale_of(scale)
+    if method not in methods.METHODS:
+        raise SidaeError(f"Unknown method {method!r}; choose from {', '.join(methods.METHODS)}.")
+    cls, recipe = methods.METHODS[method], RECIPES.get(method, {})
+    fields = {k: v for k, v in s.run.items() if k not in methods.SHARED or k in cls.reads}
+    known = data.identify(typed("dataset", dataset, str), download=bool(os.environ.get("SIDAE_DOWNLOAD")))
+    fields |= {"method": method, "data": known, "seed": seed}
+    if method == "untrained":
+        fields |= {"epochs": 0, "augment": "none"}
+        fields.pop("precision", None)
+    elif method == "supervised":
+        fields |= {"epochs": s.supervised_epochs, **DOWNSTREAM}
+    elif dataset not in s.epochs and "epochs" not in changes:
+        raise SidaeError(f"Scale {scale} has no length for {dataset!r}; its sets are {', '.join(s.epochs)}.")
+    else:
+        own = cls.axes.augment
+        fields |= {"epochs": s.epochs.get(dataset), "pool": s.pool.get(dataset, 0),
+                   "augment": views(dataset) if own == "simsiam_cifar" else own, **recipe}  # fmt: skip
+        for head in {"dim", "hidden", "pred_hidden"} & recipe.keys():
+            fields[head] = min(recipe[head], s.run.get("hidden", math.inf))
+        if "lr" in recipe and "optimizer" not in recipe:  # SGD's rate is in proportion to the batch
+            fields["lr"] = recipe["lr"] * s.run.get("batch", 512) / 512
+        if "backbone" in recipe and s.run.get("backbone") == "small_cnn":  # which has no maps to compare
+            fields["width"] = 4
+    return RunConfig.create(**fields | changes)
+
+
+def weighted(w: float, dataset: str, scale: str, seed: int = 0, **changes) -> RunConfig:
+    """SidAE with the weight w; its ends are the records of the autoencoder and of SimSiam."""
+    if w in (0, 1):
+        return run("simsiam" if w else "dae", dataset, scale, seed, **changes)
+    return run("sidae", dataset, scale, seed, w=w, **changes)
+
+
+def checkpoints(run: RunConfig, points: int) -> list[int]:
+    """Evenly spaced epochs, the last among them."""
+    if not run.epochs:
+        return [0]
+    return sorted({max(1, round(run.epochs * (k + 1) / points)) for k in range(points)})
+
+
+def evaluation(run: RunConfig, kind: str, scale: str, labels: float, **changes) -> EvalConfig:
+    """An evaluation as a scale has it; labels: one of the scale's two shares."""
+    s = scale_of(scale)
+    k = s.neighbours[s.labels.index(labels)]
+    own = {"knn": {"k": k}, "finetune": {"fit_epochs": s.supervised_epochs}, "linear": {"repeats": s.repeats}}
+    return EvalConfig(run=run, kind=kind, labels=labels, **own.get(kind, {}) | changes)
+
+
+def pretrained(dataset: str, scale: str, seed: int, *, on: Sequence[str] = ("",), points: int = 0,
+               kinds: Sequence[str] = PROBES, methods: Sequence[str] = (*SSL, "untrained"), **changes
+               ) -> Needs:  # fmt: skip
+    """Runs of `methods` on a set, and their checkpoints evaluated with many and with scarce labels.
+
+    on: the sets to classify, "" is the run's own.  points: how many checkpoints, 0 is the scale's own number.
+    """
+    s = scale_of(scale)
+    bare = {k: v for k, v in changes.items() if k == "split"}  # a pool may have no other
+    runs = [run(m, dataset, scale, seed, **(bare if m == "untrained" else changes)) for m in methods]
+    evals = [evaluation(r, kind, scale, labels, epoch=epoch, data=known)
+             for known in [target and data.identify(target) for target in on] for labels in s.labels
+             for r in runs for epoch in checkpoints(r, points or s.points) for kind in kinds]  # fmt: skip
+    return runs, evals
+
+
+def supervised(dataset: str, scale: str, seed: int) -> Needs:
+    """From scratch on the same labels, without augmentation and with the pre-training's."""
+    runs = [run("supervised", dataset, scale, seed, labels=labels, augment=augment)
+            for labels in scale_of(scale).labels for augment in ("none", views(dataset))]  # fmt: skip
+    return runs, [EvalConfig(run=r, kind="classifier", labels=r.labels) for r in runs]
