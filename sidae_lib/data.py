@@ -189,7 +189,8 @@ def _resized(raw: Raw, channels: int, digest: "hashlib._Hash", reading: Reading)
     digest.update(f"{raw.split} uint8 {n} {c} {h} {w} {raw.labels is not None} ".encode())
     out = np.empty((n, channels, size, size), np.uint8)
     step = max(1, min(1024, BLOCK // (h * w * c)))
-    for i in tqdm(range(0, n, step), raw.split, delay=2, leave=False, disable=None):
+    small = n * h * w * c < BLOCK << 2  # it takes no time, so that a notebook needs no bar
+    for i in tqdm(range(0, n, step), raw.split, delay=2, leave=False, disable=small or None):
         block = np.ascontiguousarray(raw.images[i:i + step].transpose(0, 3, 1, 2))
         digest.update(block)
         out[i:i + step] = pictures.fit(torch.from_numpy(block), size, channels, reading.antialias)

@@ -84,7 +84,6 @@ def panels(table: pd.DataFrame, draw: Callable[["Axes", pd.DataFrame], Any], col
 def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> "Figure":
     """figures/<scale>/<name>.{svg,png,csv}, stamped with scale, n and hardware; returns the figure."""
     from matplotlib import rc_context
-    from PIL import Image
 
     stamp = f"{scale} scale" + ("" if scale == "paper" else ", not the paper's protocol")
     if n := sorted(set(table.get("n", []))):
@@ -102,15 +101,23 @@ def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> "Figure":
             ax.set_position([round(v, 6) for v in ax.get_position(original=True).bounds])
         fig.savefig(png, format="png")
         fig.savefig(svg, format="svg", metadata={"Date": None})
-    full = Image.open(png).convert("RGB")
-    few = full.quantize(256, dither=Image.Dither.NONE)  # a third of the size, unless the picture loses by it
-    if np.abs(np.asarray(full, float) - np.asarray(few.convert("RGB"), float)).mean() <= 0.5:
-        few.save(png := io.BytesIO(), "PNG", optimize=True)
     train.write(file.with_suffix(".csv"), table.to_csv(index=False).encode())
-    train.write(file.with_suffix(".png"), png.getvalue())
+    train.write(file.with_suffix(".png"), small(png.getvalue()))
     if not any(c.get_rasterized() for ax in fig.axes for c in ax.collections):  # a map's has the same pixels
         train.write(file.with_suffix(".svg"), svg.getvalue())
     return fig
+
+
+def small(png: bytes) -> bytes:
+    """A chart in 256 colours, a third of the size; a picture that loses by it stays as it is."""
+    from PIL import Image
+
+    full, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    few = full.quantize(256, dither=Image.Dither.NONE)
+    if np.abs(np.asarray(full, float) - np.asarray(few.convert("RGB"), float)).mean() > 0.5:
+        return png
+    few.save(out, "PNG", optimize=True)
+    return out.getvalue()
 
 
 LOOK = ["series", "colour", "marker", "line", "hollow"]  # of a curve; without a line: points with error bars
