@@ -39,6 +39,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {name: (ok, words) for na
 ) for name in names.split()}  # fmt: skip
 
 
+Record = dict[str, Any]  # of a run or of an evaluation, as it is kept in JSON
+
+
 class SidaeError(Exception):
     """Base class of every error this project raises on purpose: one sentence that says what to do."""
 

@@ -95,7 +95,7 @@ class SidAEFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         images = Images("array", "array", config.data, (), *data.statistics(x), {"train": Split(x)})
         with tempfile.TemporaryDirectory() as folder:
             self.record_ = train.pretrain(config, images, Path(folder), device=train.device_of(self.device))
-            self.weights_ = (Path(folder) / f"backbone-e{self.epochs:03d}.safetensors").read_bytes()
+            self.weights_ = (Path(folder) / train.backbone_name(self.epochs)).read_bytes()
         self._n_features_out = 32 if small else 8 * int(self.width)
         return self
 

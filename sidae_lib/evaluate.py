@@ -4,11 +4,10 @@ import base64
 import copy
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import augment, networks, pairs, portrait, probes, threads
-from .config import EvalConfig, SidaeError, epoch_seed
+from .config import EvalConfig, Record, SidaeError, epoch_seed
 from .data import Images, subset
 from .networks import features
 from .train import provenance, several_classes, sha256, strip
 
 DENSE = 200  # up to so many classes a record holds its confusion matrix as rows, else the entries that are not zero
 PAIRS_CURVE = (0.01, 0.02, 0.05, 0.14, 0.5, 1, 2, 4)  # pairs per image
-Record = dict[str, Any]
 
 
 # --- a checkpoint, opened once ----------------------------------------------------------------------------------------
@@ -306,6 +304,6 @@ def _counts(y: Tensor, predicted: Tensor, classes: int) -> Record:
 
     cells, times = (t.cpu().numpy() for t in (y * classes + predicted).unique(return_counts=True))
     matrix = coo_array((times, np.divmod(cells, classes)), shape=(classes, classes))
-    counted: Iterator[tuple[int, int]] = zip(matrix.diagonal().tolist(), matrix.sum(1).tolist())
+    counted = zip(matrix.diagonal().tolist(), matrix.sum(1).tolist())
     held = matrix.toarray() if classes <= DENSE else np.stack([*matrix.coords, times], 1)
     return {"per_class": [round(100 * good / n, 4) if n else None for good, n in counted], "confusion": held.tolist()}

@@ -1,7 +1,6 @@
 """What a record holds of features beside an accuracy: maps, neighbours, and the student report's measures."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,11 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import networks
-from .config import EvalConfig
+from .config import EvalConfig, Record
 from .data import subset
 from .train import several_classes
-
-Record = dict[str, Any]
 
 
 def _cut(**sizes: tuple[float, float]) -> Record:

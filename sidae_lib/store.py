@@ -13,15 +13,14 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import FileLock
 
 from . import paths, train
-from .config import EvalConfig, RunConfig, SidaeError, digest
+from .config import EvalConfig, Record, RunConfig, SidaeError, digest
 
 Config = RunConfig | EvalConfig
-Record = dict[str, Any]
 Id = tuple[str, str]  # the key of the run, then that of the record, which is the same for the run's own record
 RECORD_BYTES = 2**24  # of a record, or of a file of a bundle; a run of 200 epochs has 60 thousand
 # An integer of 19 digits or more is JSON, but neither an index nor a count, and too long for a float column.
@@ -64,7 +63,7 @@ def checkpoint(run: RunConfig) -> Path:
 
 def backbone(run: RunConfig, epoch: int | None = None) -> Path:
     """The weights of a run's backbone at an epoch (default: the last)."""
-    return folder(run) / train.backbone_name(run.epochs if epoch is None else epoch)
+    return paths.backbone(run.key(), run.epochs if epoch is None else epoch)
 
 
 def id_of(record: Record) -> Id:
