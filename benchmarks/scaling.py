@@ -10,10 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import distributed
 import pandas as pd
 import torch
 
-from sidae_lib import experiments, grid, runs, train
+from sidae_lib import experiments, runs, train
 
 from .timing import Bench, hardware, summed_up
 
@@ -27,8 +28,10 @@ def measured(workers: int, n: int) -> tuple[float, float]:
     configs = [experiments.run("simsiam", "digits", "smoke", s, epochs=20) for s in range(n + 2)]
     with tempfile.TemporaryDirectory() as store:
         os.environ["SIDAE_RUNS"], os.environ["SIDAE_RECORDS"] = store, f"{store}/none"
-        grid.CPU_COUNT = workers  # one thread each
-        with grid.local(workers, "cpu") as address:
+        os.environ["SIDAE_THREADS"] = "1"
+        cluster = distributed.LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None)
+        with cluster:
+            address = cluster.scheduler_address
             runs.fetch_all(configs[n:], client=address, device="cpu", log=quiet)
             began = time.perf_counter()
             records = runs.fetch_all(configs[:n], client=address, device="cpu", log=quiet)

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
+from contextlib import ExitStack, closing, contextmanager, suppress
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from nbconvert import HTMLExporter
 from . import paths
 from .config import SidaeError, typed
 
+NEXT = {"smoke": "./run_all.sh"} | dict.fromkeys(("laptop", "paper"), "./run_all.sh lab") | {
+    "quick": "./run_all.sh --only 10 -p images YOUR_FOLDER -p budget 20"}
 CELL_SECONDS = {"smoke": 300, "quick": 1800}  # a cell beyond it hangs; the other scales may take hours
 
 
@@ -116,22 +120,22 @@ def _environment(args: argparse.Namespace) -> None:
     if args.fresh:
         store = paths.runs() / time.strftime("fresh-%Y%m%d-%H%M%S")
         os.environ["SIDAE_RUNS"] = str(_writable(store))
-        os.environ["SIDAE_RECORDS"] = str(_writable(store.with_name(f"{store.name}-no-records")))
+        if args.scale != "quick" or args.seeds:  # else the seeds beside one's own are the published ones
+            os.environ["SIDAE_RECORDS"] = str(_writable(store.with_name(f"{store.name}-no-records")))
     os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
 
 
 def _jobs(args: argparse.Namespace) -> int:
     """In how many processes to train. One process of several threads leaves half of a narrow network's cores idle,
     one per core trains half as much again (benchmarks/README.md); at most four, since each takes a GiB."""
-    if args.jobs or args.scale not in ("quick", "laptop") or os.environ.get("SIDAE_SCHEDULER"):
+    if os.environ.get("SIDAE_SCHEDULER"):
+        return 1
+    if args.jobs or args.scale not in ("quick", "laptop"):
         return args.jobs or 1
+    import joblib
     import torch
 
-    if find_spec("distributed") is None or args.device != "cpu" and torch.cuda.is_available():
-        return 1
-    from .grid import CPU_COUNT
-
-    return min(CPU_COUNT, 4)
+    return 1 if args.device != "cpu" and torch.cuda.is_available() else min(joblib.cpu_count(), 4)
 
 
 @contextmanager
@@ -181,21 +185,127 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds
     return failure.strip().partition("\n")[0]
 
 
-def _execute_all(args: argparse.Namespace, parameters: dict[Path, dict[str, Any]], out: Path) -> list[dict]:
-    """Runs the notebooks and says how each ended; of each its name, its seconds and whether it failed."""
-    start, clock = time.monotonic(), []
+# --- notebooks, and what they ask for ------------------------------------------------------------------------
+
+
+def _serve(pipe: connection.Connection) -> None:
+    """The life of the process that runs notebooks: of each it sends why it failed, or ""."""
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # the caller is gone, or was stopped with this process
+        while True:
+            notebook, out, parameters, limit = pipe.recv()
+            with _silence(out / f"{notebook.stem}.log"):
+                failure = _execute(notebook, out / notebook.name, parameters, limit)
+            pipe.send(failure)
+
+
+class _Notebooks:
+    """Runs notebooks one after the other in a process of their own, and says how each ended."""
+
+    def __init__(self, args: argparse.Namespace, parameters: dict[Path, dict[str, Any]], out: Path) -> None:
+        self.args, self.parameters, self.out = args, parameters, out
+        self.began = self.last = time.monotonic()
+        self.process: Any = None
+        self.running: Path | None = None
+        self.left = list(parameters)
+        self.clock: list[dict[str, Any]] = []
+        self.line = 0.0  # when progress was last said
+
+    def start(self, nb: Path) -> None:
+        given = self.parameters[nb]
+        if self.args.minutes is not None:  # what is left of them, and a moment to say that none is
+            given["minutes"] = max(self.args.minutes - (time.monotonic() - self.began) / 60, 0.01)
+        if not self.process:
+            context = get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs,))
+            self.process.start()
+            theirs.close()
+        self.left.remove(nb)
+        self.running = nb
+        self.pipe.send((nb, self.out, given, self.args.cell_seconds or CELL_SECONDS.get(self.args.scale)))
+
+    def finish(self, wait: float | None = None) -> None:
+        """Says how the running notebook ended, if it has within `wait` seconds (None: without end)."""
+        if self.running is None or not self.pipe.poll(wait):
+            return
+        try:
+            failure = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            failure, self.process = f"its process ended with code {self.process.exitcode}", None
+        nb, self.running, now = self.running, None, time.monotonic()
+        seconds, self.last = round(now - self.last, 1), now
+        self.clock.append({"notebook": nb.stem, "seconds": seconds, "failed": bool(failure)})
+        self.say(f"{nb.stem:28s} {seconds:7.1f} s  {'FAILED  ' + failure if failure else 'ok'}", True)
+
+    def say(self, line: str, lasting: bool = False) -> None:
+        """A line that stays, or one of progress: a terminal shows the last alone, a file one a half minute."""
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if lasting else "", flush=True)
+        elif lasting or time.monotonic() - self.line > 30:
+            self.line = self.line if lasting else time.monotonic()
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self.process:
+            self.pipe.close()
+            self.process.join(10)
+            self.process.kill()
+
+
+def _asked(args: argparse.Namespace, parameters: dict[Path, dict[str, Any]]) -> dict[Path, list[Any]]:
+    """What each notebook will ask for, as far as its parameters tell; it computes whatever else it asks for."""
+    from . import experiments
+
+    out: dict[Path, list[Any]] = {}
     for nb, given in parameters.items():
-        begin = time.monotonic()
-        if args.minutes is not None:  # what is left of them, and a moment to say that none is
-            given["minutes"] = max(args.minutes - (begin - start) / 60, 0.01)
-        print(f"{nb.stem:28s} ", end="", flush=True)
-        with _silence(out / f"{nb.stem}.log"):
-            limit = args.cell_seconds or CELL_SECONDS.get(args.scale)
-            failure = _execute(nb, out / nb.name, given, limit)
-        seconds = round(time.monotonic() - begin, 1)
-        print(f"{seconds:7.1f} s  {'FAILED  ' + failure if failure else 'ok'}", flush=True)
-        clock.append({"notebook": nb.stem, "seconds": seconds, "failed": bool(failure)})
-    return clock
+        name, plain = nb.stem.partition("_")[2], {"scale", "device", "minutes", "seeds", "datasets"}
+        if name not in experiments.FIGURES or given.keys() - plain:
+            continue
+        images = papermill.inspect_notebook(nb).get("images")  # of one's own: a set's name, until it is changed
+        datasets = [ast.literal_eval(images["default"])] if images else given.get("datasets", ())
+        with suppress(SidaeError), warnings.catch_warnings(action="ignore"):  # the notebook says what is wrong
+            build = experiments.FIGURES[name]
+            out[nb] = [c for part in build(args.scale, datasets, given.get("seeds", ())) for c in part]
+    return out
+
+
+def _train(notebooks: _Notebooks, jobs: int) -> None:
+    """Trains in so many processes what the notebooks ask for, in their order and each once. A notebook begins
+    when all that it asks for is over. Raises train.Stopped when a signal came."""
+    from . import processes, runs, tasks, train
+
+    args, seen, of, todo = notebooks.args, set[Any](), dict[int, Path](), []
+    deadline = None if args.minutes is None else notebooks.began + 60 * args.minutes
+    for nb, configs in _asked(args, notebooks.parameters).items():
+        new = [c for c in dict.fromkeys(configs) if c not in seen]
+        seen.update(new)
+        for job in tasks.plan(new, device=args.device, deadline=deadline, log=notebooks.say):
+            todo.append(job)
+            of[id(job)] = nb
+    if not todo:
+        return
+    known, left = runs.rates(args.device), Counter(of.values())
+    weights = {id(job): sum((runs.seconds_each([job.run, *job.evals], known) or {}).values()) for job in todo}
+    total, done, began = sum(weights.values()), 0.0, time.monotonic()
+    stopped: SidaeError | None = None
+    outcomes = processes.outcomes(todo, jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    with closing(outcomes):
+        for number, (job, error, _) in enumerate(outcomes, 1):
+            left[of[id(job)]] -= 1
+            done += weights[id(job)]
+            if isinstance(error, train.Stopped):
+                stopped = stopped or error
+            notebooks.finish(0)
+            ready = [nb for nb in notebooks.left if not left[nb]]
+            if ready and not notebooks.running and not stopped:
+                notebooks.start(ready[0])
+            now = time.monotonic() - began
+            after = now * (total - done) / done if done else total / jobs
+            then = next((nb.stem for nb in notebooks.left if left[nb]), "the last notebooks")
+            notebooks.say(f"  {number} of {len(todo)} runs done, next {then}, about {after / 60:.1f} min left")
+    if stopped and "Stopped by" in str(stopped):
+        raise stopped
 
 
 def run(args: argparse.Namespace) -> int:
@@ -205,26 +315,28 @@ def run(args: argparse.Namespace) -> int:
     out = _writable(paths.ROOT / "executed" / args.scale)
     _writable(paths.figures(args.scale))
     _environment(args)
-    start = time.monotonic()
     with ExitStack() as stack:
         jupyter = stack.enter_context(tempfile.TemporaryDirectory())
         write_kernel_spec(Path(jupyter) / "kernels" / "python3")  # the user's may be another interpreter
         os.environ["JUPYTER_PATH"] = jupyter
+        notebooks = stack.enter_context(closing(_Notebooks(args, parameters, out)))
         if (jobs := _jobs(args)) > 1:
-            from . import grid  # needs the cluster extra
-
-            with _silence(out / "workers.log"):
-                os.environ["SIDAE_SCHEDULER"] = stack.enter_context(grid.local(jobs, args.device))
-        clock = _execute_all(args, parameters, out)
+            _train(notebooks, jobs)
+        notebooks.finish()
+        for nb in list(notebooks.left):
+            notebooks.start(nb)
+            notebooks.finish()
+    clock, took = notebooks.clock, time.monotonic() - notebooks.began
     failed = [done["notebook"] for done in clock if done["failed"]]
-    print(f"{len(clock) - len(failed)} of {len(clock)} notebooks ran in {time.monotonic() - start:.0f} s; "
-          f"they are in {out}")
+    print(f"{len(clock) - len(failed)} of {len(clock)} notebooks ran in {took:.0f} s; they are in {out}")
     if failed:
         print(f"Failed: {', '.join(failed)}; see the .html and the .log of each")
-    from . import experiments, pages, store
+    from . import experiments, frames, pages, store
 
     if args.fresh:  # only a run that computed everything says how long everything takes
         pages.timings(args.scale, clock)
     found = {name: store.recorded(evals) for name, evals in experiments.evaluations(args.scale).items()}
-    print(f"Figures: {pages.index(args.scale, found, sorted(out.glob('*.html')))}")
+    page = pages.index(args.scale, found, sorted(out.glob("*.html")))
+    said = frames.found(found.get("accuracy_vs_epochs", ()))
+    print(f"Pages: {page}. {f'Found: {said}. ' * bool(said)}Next: {NEXT[args.scale]}")
     return int(bool(failed))

@@ -58,7 +58,7 @@ def w_sweep(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     for n, seed in enumerate(seeds or s.seeds):
         runs = [weighted(w, dataset, scale, seed) for w in s.weights]
         if paper or n == 0:
-            others = [w for w in s.weights if (w < 1 and (w > 0 or paper) if scale != "quick" else w == 0.5)]
+            others = [w for w in s.weights if w < 1 and (w > 0 or paper) and scale != "quick"]
             runs += [weighted(w, dataset, scale, seed, target="unit") for w in others]
         for r, labels, split in product(runs, s.labels, ("test", "val")):
             yield evaluation(r, "linear", scale, labels, score_on=split)
@@ -126,7 +126,7 @@ def fine_tuning(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     s = scale_of(scale)
     dataset = (datasets or s.datasets)[-1]
     yield from w_sweep(scale, [dataset], seeds)[1]  # recorded or not: a figure's needs do not depend on it
-    chosen = best_w(scale, [dataset], seeds)
+    chosen = None if scale == "quick" else best_w(scale, [dataset], seeds)  # no time for a second w
     for seed in seeds or s.seeds:
         tune = partial(scales.pretrained, dataset, scale, seed, kinds=("finetune",))
         tuned = tune()[1] + scales.supervised(dataset, scale, seed)[1]
@@ -225,7 +225,7 @@ def _scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> l
 _PAIRED = ("simclr", "simsiam", "vicreg", "dino")
 _MINING = {
     "smoke": (256, 1.0, (), (0.5,), (0.5,)),
-    "quick": (1000, 1.0, (), (0.5,), (0.1, 0.25)),
+    "quick": (600, 1.0, (), (0.5,), (0.1, 0.25)),
     "laptop": (5000, 1.0, _PAIRED, (0.25, 0.5), (0.05, 0.25, 0.5, 1.0)),
     "paper": (5000, 0.1, _PAIRED, (0.05, 0.25, 0.5, 1.0), (0.05, 0.25, 0.5, 1.0)),
 }
@@ -342,7 +342,7 @@ def five_axes(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
 def _equally_long(method: str, dataset: str, scale: str, seed: int) -> RunConfig:
     """A method's run of five_axes."""
     s, reads = scale_of(scale), methods.METHODS[method].reads
-    lengths = {"laptop": {"epochs": 4}, "quick": {"epochs": 1, "pool": 1024}, "smoke": {"epochs": 1, "pool": 128}}
+    lengths = {"laptop": {"epochs": 4}, "quick": {"epochs": 1, "pool": 512}, "smoke": {"epochs": 1, "pool": 128}}
     length = lengths.get(scale, {})
     changes = {} if method == "untrained" else dict(length)
     if method == "supervised":

@@ -138,14 +138,19 @@ def curves(table: pd.DataFrame, x: str, columns: int = 3, size: float = 2.3, **a
     """`mean` over the column x, per `panel` and LOOK, with bands of standard errors, or from `low` to `high`.
 
     Points of different n are never joined: means over fewer seeds are small marks beside the curve. Points
-    beyond the panel's curves stand in a strip of their own, whose one tick they are.
+    beyond the panel's curves stand in a strip of their own, whose one tick they are. Rows with `own` are thin
+    lines on top.
     """
+    table = table if "own" in table else table.assign(own=False)
     if "low" not in table:
         table = table.assign(low=table["mean"] - table["se"], high=table["mean"] + table["se"])
 
     def draw(ax: "Axes", rows: pd.DataFrame) -> None:
         last, strips = rows.loc[rows["line"] != "", x].max(), cast(list[Any], ax.child_axes)
-        for (series, colour, marker, line, hollow), own in rows.groupby(LOOK, sort=False):
+        for (series, colour, marker, line, hollow, mine), own in rows.groupby([*LOOK, "own"], sort=False):
+            if mine:
+                ax.plot(own[x], own["mean"], color=colour, lw=0.7, ls=(0, (4, 1)), label=series, zorder=3)
+                continue
             own, most, end = own.sort_values(x), own["n"].max(), own[x].max()
             look = {"color": colour, "marker": marker, "mfc": "white" if hollow else colour, "ls": line}
             if line:
@@ -170,8 +175,11 @@ def curves(table: pd.DataFrame, x: str, columns: int = 3, size: float = 2.3, **a
 
 def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> "Figure":
     """Figures 3, 5, 6 and 7 from `summary`: a column per set, a row per share of labels. The paper's ends
-    are hollow, and a title says how far the curves of unfinished runs have come."""
+    are hollow, and a title says how far the curves of unfinished runs have come. Rows of `frames.apart` that
+    are the reader's own are thin lines on top of the others."""
     parts, table = [], table.sort_values("labels", ascending=False, kind="stable")
+    mine = table["own"] if "own" in table else pd.Series(False, table.index)
+    table, mine = table[~mine].drop(columns="own", errors="ignore"), table[mine & (table["of"] > 0)]
     for _, rows in table.groupby(["labels", "data"], sort=False):
         first, own = rows.iloc[0], rows["kind"] == kind
         trained = rows[own & (rows["of"] > 0)]
@@ -185,6 +193,10 @@ def accuracy_vs_epochs(table: pd.DataFrame, kind: str = "linear") -> "Figure":
         title += [line for line in frames.reach(trained).split("; ") if line]
         shown = [looks(part) for part in (*(flat.assign(epoch=epoch) for epoch in ends), trained)]
         shown.append(looks(paper).assign(series="Published (hollow)", line="", hollow=True))
+        thin = mine[(mine["labels"] == first.labels) & (mine["data"] == first.data) & (mine["kind"] == kind)]
+        if len(thin):
+            shown.append(looks(thin).assign(series="your own run (thin)", line="-"))
+        shown = [part.assign(own=n > 3) for n, part in enumerate(shown)]
         parts.append(pd.concat(shown).assign(panel="\n".join(title)))
     sets = table["data"].nunique()
     fig = curves(pd.concat(parts), "epoch", sets if sets > 1 else len(parts), wide=1.2,

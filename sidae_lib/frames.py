@@ -75,6 +75,31 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return out.round({"mean": 4, "se": 4})
 
 
+def apart(records: Records, own: Records) -> pd.DataFrame:
+    """`summary` of records without those of `own`, whose rows follow with `own` True; none where all are own."""
+    keys = {r["key"] for r in own}
+    others = [r for r in records if r["key"] not in keys]
+    parts = [(others, False), (own, True)] if others and own else [(records, False)]
+    return pd.concat([summary(evaluations(part)).assign(own=mine) for part, mine in parts], ignore_index=True)
+
+
+def found(records: Records) -> str:
+    """What an experiment found, in a sentence: SidAE beside the untrained network by the paper's probe, scarce
+    labels, last epoch. Empty where a record of either is missing."""
+    frame = evaluations(records) if records else pd.DataFrame()
+    if frame.empty:
+        return ""
+    probed = frame[(frame["kind"] == "linear") & (frame["epoch"] == frame["of"]) & (frame["scored"] == "test")]
+    first = probed[probed["data"] == probed["data"].iloc[0]] if len(probed) else probed
+    by = summary(first[first["labels"] == first["labels"].min()]).groupby("method").first()
+    if not {"sidae", "untrained"} <= {*by.index}:
+        return ""
+    said = [f"{methods.NAMES[m] if m == 'sidae' else m} {by['mean'][m]:.1f} %" for m in ("sidae", "untrained")]
+    n, row = by["n"]["sidae"], by.loc["sidae"]
+    return (f"{', '.join(said)} of {row['display']} with {percent(row['labels'])} of the labels, "
+            f"{n} seed{'s' * int(n > 1)}")
+
+
 def variant(method: str, w: float = 0.5, augment: str = "none", target: str = PLAIN) -> str:
     """A method's name, with its w and target where they are not the paper's; supervised says if augmented."""
     words = [methods.NAMES.get(method, method), "augmented" * (method == "supervised" and augment != "none"),

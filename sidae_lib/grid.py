@@ -1,4 +1,4 @@
-"""Jobs on a Dask cluster: processes of this machine or of many, with a shared file system or without.
+"""Jobs on a Dask cluster of many machines, with a shared file system or without.
 
 Each job is a task, queued behind those it depends on. A worker computes it in its own store and sends the
 records back; weights travel where they are asked for or another run starts from them. This module alone needs
@@ -8,7 +8,6 @@ the cluster extra.
 import ctypes
 import os
 import queue
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ from .config import RunConfig, SidaeError, digest
 os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")  # read on import; the caller says what failed
 
 try:
-    import distributed
-    from dask import config
     from dask.system import CPU_COUNT
     from distributed import Client, Reschedule, as_completed, get_worker
 except ImportError as e:
@@ -195,41 +192,3 @@ def outcomes(jobs: list[tasks.Job], client: Client | str, weights: bool, log: Ca
     finally:
         if own:
             client.close()
-
-
-# --- a cluster of this machine ----------------------------------------------------------------------------
-
-
-class _Interruptible(distributed.WorkerPlugin):
-    """Ctrl-C reaches all processes of a terminal: a worker's run stops at a checkpoint, itself when told."""
-
-    def setup(self, worker: Any) -> None:
-        signal.signal(signal.SIGINT, lambda number, frame: setattr(train._Stop, "signal", number))
-
-
-@contextmanager
-def local(jobs: int, device: str = "auto") -> Iterator[str]:
-    """A scheduler and `jobs` worker processes of this machine, on the loopback address; yields the address.
-
-    The processes share the GPUs in turn, or divide the cores among them.
-    """
-    if jobs < 1:
-        raise SidaeError(f"There must be at least one job, not {jobs}.")
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    here: dict[str, Any] = {"host": "127.0.0.1", "dashboard": False}
-
-    def worker(n: int) -> dict:
-        env: dict[str, Any] = {"TQDM_DISABLE": 1, "SIDAE_SCHEDULER": ""}
-        env["SIDAE_THREADS"] = max(1, CPU_COUNT // jobs)
-        options = here | {"nthreads": 1, "memory_limit": 0, "plugins": [_Interruptible()], "env": env}
-        if gpus:
-            env["CUDA_VISIBLE_DEVICES"] = names[n % gpus]
-            options["resources"] = {"GPU": 1}
-        return {"cls": distributed.Nanny, "options": options}
-
-    scheduler = {"cls": distributed.Scheduler,
-                 "options": here | {"dashboard_address": "127.0.0.1:0"}}  # 8787 may be taken
-    keep = {f"distributed.nanny.pre-spawn-environ.{name}": value for name, (_, value) in _MALLOC.items()}
-    with config.set(keep), distributed.SpecCluster({n: worker(n) for n in range(jobs)}, scheduler) as cluster:
-        yield cluster.scheduler_address

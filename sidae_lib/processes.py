@@ -152,9 +152,12 @@ def _outcomes(waiting: list[tasks.Job], pool: list[_Process], stop: train._Stop,
         if not (stop.signal or waiting and waiting[0].late()):
             unfinished = {job.run for job in [*waiting, *(p.job for p in running())]}
             ready = [job for job in waiting if unfinished.isdisjoint(tasks.dependencies(job.run))]
-            for p, job in zip([p for p in pool if not p.job], ready):
-                waiting.remove(job)
-                p.begin(job)
+            for p in [p for p in pool if not p.job]:  # two jobs of one run one after the other
+                begun = {p.job.run for p in running()}
+                if job := next((job for job in ready if job.run not in begun), None):
+                    ready.remove(job)
+                    waiting[:] = [w for w in waiting if w is not job]
+                    p.begin(job)
         busy: dict[Any, _Process] = {p.pipe: p for p in running()}
         if not busy:
             break

@@ -41,12 +41,12 @@ SCALES: dict[str, Scale] = {
         datasets=("digits", "photos"), seeds=(0,), labels=(0.2, 0.1), points=2, run=_SMALL,
         epochs={"digits": 2, "photos": 2}, pool={"digits": 256, "photos": 256}, neighbours=(20, 5),
         supervised_epochs=2, pictured=150, weights=(0, 0.5, 1)),
-    # What a visitor sees after ten minutes, no download: 500 steps. Seeds 0 to 2 are published, and 3 is the
+    # What a visitor sees after ten minutes, no download: 750 steps. Seeds 0 to 2 are published, and 3 is the
     # visitor's own. The rate was chosen on validation images (`experiments.rates`).
     "quick": Scale(
         datasets=("mnist5k",), seeds=(3, 0, 1, 2), labels=(0.1, 0.01), points=4,
-        run={**_NARROW, "decoder": 64, "batch": 64, "lr": 0.2}, grey=1, others=1, repeats=5,
-        epochs={"mnist5k": 8, "digits": 22, "photos": 6}, neighbours=(20, 5), supervised_epochs=30,
+        run={**_NARROW, "decoder": 64, "batch": 64, "lr": 0.2, "queue": 256}, grey=1, others=1, repeats=5,
+        epochs={"mnist5k": 12, "digits": 33, "photos": 9}, neighbours=(20, 5), supervised_epochs=30,
         transfer=("mnist5k", "digits")),
     "laptop": Scale(  # trends on real images without a GPU: hours; 65 x 39 and 55 x 46 steps, at least 2,500
         datasets=_REAL, seeds=(0, 1, 2), labels=(0.1, 0.01), points=5, run={**_NARROW, "queue": 1024},

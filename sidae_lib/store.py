@@ -176,6 +176,11 @@ def recorded(configs: Sequence[Config]) -> list[Record]:
     return [r for c in dict.fromkeys(configs) if (r := find(c)) is not None]
 
 
+def own(records: Sequence[Record]) -> list[Record]:
+    """Those that were computed here and are not published."""
+    return [r for r in records if id_of(r) not in published()]
+
+
 def missing(configs: Sequence[Config]) -> list[Config]:
     """Those without a record."""
     return [c for c in dict.fromkeys(configs) if find(c) is None]

