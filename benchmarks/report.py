@@ -91,7 +91,7 @@ def targets(found: Callable[[str], pd.DataFrame]) -> Iterable[tuple[str, str, fl
     yield "two local workers over one, 16 short runs, times", "1.5", pick("scaling", "median", what="two workers over one")
     yield "added to a run by the grid, s", "-", pick("scaling", "median", what="added to a run by the grid")
     clock = paths.ROOT / "figures" / "quick" / "timings.csv"
-    for what, least, end in (("notebooks 00 to 06", "at most 12", "07"), ("all notebooks", "at most 25", "99")):
+    for what, least, end in (("notebooks 00 to 03", "at most 4", "04"), ("all notebooks", "at most 10", "99")):
         timed = pd.read_csv(clock)
         took = machines(timed[timed["notebook"] < end])
         yield f"quick scale, {what}, minutes", least, took[0][1]["seconds"].sum() / 60 if len(took) == 1 else None

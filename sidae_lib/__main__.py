@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of several commands
 }  # fmt: skip
 RUN_ALL = """./run_all.sh [smoke|quick|laptop|paper] [OPTIONS]
            run the notebooks into executed/<scale> and figures/<scale>;
-           the default is quick, minutes without a download
+           the default is quick, ten minutes without a download
        ./run_all.sh test [--all] [PYTEST ARGUMENTS]
            run the tests and validate the notebooks, one process a core, or only what the arguments name, in
            one process; --all adds the slow tests
@@ -108,8 +108,8 @@ def _notebooks_options(add: Callable) -> None:
     add("scale", nargs="?", choices=SCALES, default="quick", metavar="SCALE", help=", ".join(SCALES))
     add("--only", metavar="01,03", help="only these notebooks, by number or name")
     add("--download", action="store_true", help="allow data sets to be downloaded")
-    add("--fresh", action="store_true", help="compute everything again in an empty store under runs/, and "
-        "note the time; deletes nothing")
+    add("--fresh", action="store_true", help="compute everything again in an empty store under runs/ (quick: your "
+        "own seed), and note the time; deletes nothing")
     add("--cell-seconds", type=float, metavar="N", help="a notebook fails when one of its cells takes longer "
         "(default: smoke 300, quick 1800)")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set any other parameter "
@@ -284,7 +284,7 @@ def _results(recorded: dict[str, dict]) -> list[dict[str, Any]]:
     names = [frames.variant(m, 0.5) for m in ("sidae", "simsiam", "dae", "untrained", "supervised")]
     names.append(frames.variant("supervised", 0.5, "augmented"))
     rows = []
-    for scale in ("paper", "laptop"):
+    for scale in ("paper", "laptop", "quick"):
         found = [recorded[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in recorded]
         if not found:
             continue

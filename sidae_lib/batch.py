@@ -14,8 +14,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
@@ -138,23 +137,6 @@ def _jobs(args: argparse.Namespace) -> int:
     return 1 if args.device != "cpu" and torch.cuda.is_available() else min(joblib.cpu_count(), 4)
 
 
-@contextmanager
-def _silence(log: Path) -> Iterator[None]:
-    """Sends stdout and stderr to a file, those of a kernel started meanwhile too."""
-    sys.stdout.flush()
-    saved = os.dup(1), os.dup(2)
-    with log.open("w") as file:
-        for fd in (1, 2):
-            os.dup2(file.fileno(), fd)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        for fd, old in zip((1, 2), saved, strict=True):
-            os.dup2(old, fd)
-            os.close(old)
-
-
 def render(nb: nbformat.NotebookNode) -> str:
     """A notebook as one HTML page that holds its images. A figure's alt text is its cell's metadata `alt`,
     which the exporter's own template leaves out."""
@@ -190,10 +172,12 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds
 
 def _serve(pipe: connection.Connection) -> None:
     """The life of the process that runs notebooks: of each it sends why it failed, or ""."""
+    from . import processes
+
     with suppress(EOFError, OSError, KeyboardInterrupt):  # the caller is gone, or was stopped with this process
         while True:
             notebook, out, parameters, limit = pipe.recv()
-            with _silence(out / f"{notebook.stem}.log"):
+            with (out / f"{notebook.stem}.log").open("w") as log, processes.output_to(log):
                 failure = _execute(notebook, out / notebook.name, parameters, limit)
             pipe.send(failure)
 
@@ -289,8 +273,9 @@ def _train(notebooks: _Notebooks, jobs: int) -> None:
     weights = {id(job): sum((runs.seconds_each([job.run, *job.evals], known) or {}).values()) for job in todo}
     total, done, began = sum(weights.values()), 0.0, time.monotonic()
     stopped: SidaeError | None = None
-    outcomes = processes.outcomes(todo, jobs, lambda line: print(line, file=sys.stderr, flush=True))
-    with closing(outcomes):
+    log = (notebooks.out / "workers.log").open("w")
+    outcomes = processes.outcomes(todo, jobs, lambda line: print(line, file=log, flush=True), log)
+    with log, closing(outcomes):
         for number, (job, error, _) in enumerate(outcomes, 1):
             left[of[id(job)]] -= 1
             done += weights[id(job)]

@@ -1,6 +1,10 @@
-"""Pictures of networks and of images."""
+"""Pictures of networks, of images and of a run in training."""
 
-from collections.abc import Sequence
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,3 +180,33 @@ def neighbours(record: dict[str, Any]) -> "Figure":
     share = f"{100 * right.mean():.0f} % of the neighbours of the query's class"
     fig.suptitle(f"{methods.NAMES[run.method]}: {share}\nimages: {record['data']['display']}", fontsize=7)
     return fig
+
+
+@contextmanager
+def live(seconds: float = 5.0) -> Iterator[None]:
+    """While this is open in a notebook, loss and z_std of the run in training stand below the cell, drawn
+    anew every few seconds, and away at the end. Elsewhere, and with TQDM_DISABLE, nothing happens."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel") or "TQDM_DISABLE" in os.environ:
+        yield
+        return
+    from IPython.display import display
+
+    shown, drawn = display({"text/plain": ""}, raw=True, display_id=True), time.monotonic()
+
+    def draw(config: RunConfig, history: list[dict[str, Any]]) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > seconds:
+            rows = pd.DataFrame(history).melt("epoch", ["loss", "z_std"], "panel")
+            look = {"color": methods.COLOURS.get(config.method)}
+            fig = figures.panels(rows, lambda ax, rows: ax.plot(rows["epoch"], rows["value"], **look), 2, 1.8)
+            fig.suptitle(f"{config.method} {config.key()[:6]}, seed {config.seed}")
+            shown.update(fig)
+            drawn = time.monotonic()
+
+    train.LISTENERS.append(draw)
+    try:
+        yield
+    finally:
+        train.LISTENERS.remove(draw)
+        shown.update({"text/plain": ""}, raw=True)

@@ -1,10 +1,7 @@
 """Tables to figures: every chart is drawn from the CSV that is saved beside it."""
 
 import io
-import os
-import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -379,33 +376,3 @@ def five_axes(table: pd.DataFrame) -> "Figure":
                xlabel=f"test accuracy (%), {frames.PROBES[first.kind]}")
         ax.margins(x=0.08)
     return fig
-
-
-@contextmanager
-def live(seconds: float = 5.0) -> Iterator[None]:
-    """While this is open in a notebook, loss and z_std of the run in training stand below the cell, drawn
-    anew every few seconds, and away at the end. Elsewhere, and with TQDM_DISABLE, nothing happens."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if not hasattr(shell, "kernel") or "TQDM_DISABLE" in os.environ:
-        yield
-        return
-    from IPython.display import display
-
-    shown, drawn = display({"text/plain": ""}, raw=True, display_id=True), time.monotonic()
-
-    def draw(config: RunConfig, history: list[dict[str, Any]]) -> None:
-        nonlocal drawn
-        if time.monotonic() - drawn > seconds:
-            rows = pd.DataFrame(history).melt("epoch", ["loss", "z_std"], "panel")
-            look = {"color": methods.COLOURS.get(config.method)}
-            fig = panels(rows, lambda ax, rows: ax.plot(rows["epoch"], rows["value"], **look), 2, 1.8)
-            fig.suptitle(f"{config.method} {config.key()[:6]}, seed {config.seed}")
-            shown.update(fig)
-            drawn = time.monotonic()
-
-    train.LISTENERS.append(draw)
-    try:
-        yield
-    finally:
-        train.LISTENERS.remove(draw)
-        shown.update({"text/plain": ""}, raw=True)

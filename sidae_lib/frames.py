@@ -77,10 +77,10 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def apart(records: Records, own: Records) -> pd.DataFrame:
     """`summary` of records without those of `own`, whose rows follow with `own` True; none where all are own."""
-    keys = {r["key"] for r in own}
-    others = [r for r in records if r["key"] not in keys]
+    mine = {id(r) for r in own}
+    others = [r for r in records if id(r) not in mine]
     parts = [(others, False), (own, True)] if others and own else [(records, False)]
-    return pd.concat([summary(evaluations(part)).assign(own=mine) for part, mine in parts], ignore_index=True)
+    return pd.concat([summary(evaluations(part)).assign(own=is_own) for part, is_own in parts], ignore_index=True)
 
 
 def found(records: Records) -> str:

@@ -8,12 +8,13 @@ import _thread
 import os
 import queue
 import signal
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import connection, get_context, resource_tracker
-from typing import Any
+from typing import IO, Any
 
 import joblib
 import torch
@@ -69,14 +70,30 @@ def _serve(pipe: connection.Connection, env: dict[str, str], sources: dict[str, 
             pipe.send(("done", error))
 
 
+@contextmanager
+def output_to(log: IO[str]) -> Iterator[None]:
+    """Sends stdout and stderr to a file, those of a process started meanwhile too."""
+    sys.stdout.flush()
+    saved = os.dup(1), os.dup(2)
+    for fd in (1, 2):
+        os.dup2(log.fileno(), fd)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for fd, old in zip((1, 2), saved, strict=True):
+            os.dup2(old, fd)
+            os.close(old)
+
+
 class _Process:
     """The caller's side of a process. It is started for its first job, and again after it died."""
 
     job: tasks.Job | None = None
     process: Any = None
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.env = env
+    def __init__(self, env: dict[str, str], output: IO[str] | None) -> None:
+        self.env, self.output = env, output
 
     def begin(self, job: tasks.Job) -> None:
         if not self.process:
@@ -88,12 +105,13 @@ class _Process:
         context = get_context("spawn")  # a CUDA context does not survive a fork
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self.env, data.sources()))
-        resource_tracker.ensure_running()  # in Python 3.11, to start it with the process would lift the block
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the process and its threads
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with output_to(self.output) if self.output else nullcontext():
+            resource_tracker.ensure_running()  # in Python 3.11, to start it with the process would lift the block
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the process and its threads
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def send(self, message: Any) -> None:
@@ -122,13 +140,13 @@ def _environments(processes: int, device: str) -> list[dict[str, str]]:
     return [env | {"CUDA_VISIBLE_DEVICES": names[n % gpus]} for n in range(processes)]
 
 
-def outcomes(jobs: list[tasks.Job], processes: int, log: Callable) -> tasks.Outcomes:
-    """Computes the jobs in so many processes; yields each that is over.
+def outcomes(jobs: list[tasks.Job], processes: int, log: Callable, output: IO[str] | None = None) -> tasks.Outcomes:
+    """Computes the jobs in so many processes; yields each that is over.  output: what they print goes there.
 
     A job starts in its turn, as soon as a process is free and what it depends on is done. One whose process
     died goes on in another, up to `DEATHS` times. After the deadline or a signal no job starts.
     """
-    pool = [_Process(env) for env in _environments(processes, jobs[0].device)[: len(jobs)]]
+    pool = [_Process(env, output) for env in _environments(processes, jobs[0].device)[: len(jobs)]]
     log(f"{len(jobs)} runs in {len(pool)} processes")
     with train._Stop().armed() as stop:
         try:

@@ -117,18 +117,19 @@ def test_processes_train_what_the_notebooks_ask_for(project, cli, monkeypatch):
     for name in ("runs", "records", "figures"):
         monkeypatch.setenv(f"SIDAE_{name.upper()}", str(project / name))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in ("01_accuracy_vs_epochs", "06_tsne"):
+    names = "00_sidae_step_by_step", "02_w_sweep"
+    for name in names:
         write(project, name, "from sidae_lib import experiments, store",
               f"both = experiments.{name[3:]}(scale, datasets, seeds)",
               "print(len(store.missing(sum(both, []))), 'missing')", parameters=PARAMETERS + "datasets: list = []\n")
     done = cli("notebooks", "smoke", "--jobs", "2", "-p", "datasets", "digits")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [read(project, name, "smoke") for name in ("01_accuracy_vs_epochs", "06_tsne")] == ["0 missing\n"] * 2
-    trained = re.findall(r"trained \w+ (\w{16}) in", done.stderr)
-    assert len(trained) == len(set(trained)) == 8 + 1  # 06 shows one supervised network more
-    assert re.search(r"1 of \d+ runs done, next 01_accuracy_vs_epochs, about \d+\.\d min left", done.stdout)
-    assert re.fullmatch(rf"Pages: {project}/figures/smoke/index.html\. Found: SidAE [\d.]+ %, untrained [\d.]+ % of digits "
-                        r"with 10 % of the labels, 1 seed\. Next: ./run_all.sh", done.stdout.splitlines()[-1])
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert [read(project, name, "smoke") for name in names] == ["0 missing\n"] * 2
+    log = (project / "executed" / "smoke" / "workers.log").read_text()
+    trained = re.findall(r"trained (\w+) \w{16} in", log)
+    assert sorted(trained) == ["dae", "sidae", "sidae", "simsiam"]  # of two, one with another target; none twice
+    assert re.search(r"  1 of 5 runs done, next \w+, about \d+\.\d min left", done.stdout)  # its evaluations are a fifth
+    assert done.stdout.splitlines()[-1] == f"Pages: {project}/figures/smoke/index.html. Next: ./run_all.sh"
 
 
 def test_how_many_processes_train():

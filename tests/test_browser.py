@@ -32,7 +32,8 @@ SETTINGS = {  # every cell is in the page, seen or not, and nothing is fetched f
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")]
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,7 @@ def notebook(browser, lab):
         nb.page.close(run_before_unload=False)
 
 
+@slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_notebook_opens_whole(path, notebook):
     nb = notebook(path.name)
@@ -179,6 +181,7 @@ def test_run_all_change_run_again(notebook):
     assert nb.errors == []
 
 
+@slow
 def test_the_stop_button_and_on(home, notebook):
     """Stopped in the middle, a training cell leaves a checkpoint; run again, it goes on from there and ends."""
     config = experiments.run("simsiam", "digits", "quick", batch=256, epochs=20)

@@ -26,7 +26,6 @@ def test_ruff_is_clean():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.slow
 def test_types_are_clean(tmp_path):
     done = run(sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path), "sidae_lib")
     assert done.returncode == 0, done.stdout

@@ -69,6 +69,30 @@ def test_the_lead_is_against_the_better_of_the_two():
     assert set(frames.order({"none": records, "not run yet": []})["change"]) == {"none"}
 
 
+def test_what_was_found_is_said_in_a_sentence(own_store):
+    """The mean of the seeds with scarce labels, after the last epoch, by the SGD probe; nothing while either is missing."""
+    evals = experiments.accuracy_vs_epochs("smoke", ["digits"], [0, 1])[1]
+    high = {"sidae": 60.0, "untrained": 40.0}
+    records = [recorded(e, high.get(e.run.method, 99.0) + 2 * e.run.seed if (e.kind, e.epoch, e.labels) ==
+                        ("linear", e.run.epochs, 0.1) else 5.0) for e in evals]  # fmt: skip
+    assert frames.found(records) == "SidAE 61.0 %, untrained 41.0 % of digits with 10 % of the labels, 2 seeds"
+    assert frames.found([]) == frames.found([r for r in records if r["config"]["run"]["method"] != "sidae"]) == ""
+
+
+def test_a_readers_own_run_is_a_thin_line_over_the_published_ones(own_store):
+    evals = experiments.accuracy_vs_epochs("smoke", ["digits"], [0, 1, 2])[1]
+    records = [recorded(e, 50.0 + e.run.seed + e.epoch) for e in evals]
+    own = [r for r in records if r["config"]["run"].get("seed", 0) == 2]
+    table = frames.apart(records, own)
+    assert set(table["n"][~table["own"]]) == {2} and set(table["n"][table["own"]]) == {1}
+    ax = figures.accuracy_vs_epochs(table).axes[0]
+    thin = [line for line in ax.lines if line.get_linewidth() < 1]
+    assert {line.get_label() for line in thin} == {"your own run (thin)"} and len(thin) == 3
+    assert {tuple(line.get_ydata()) for line in thin} == {(53.0, 54.0)}  # seed 2 after epochs 1 and 2
+    whole = frames.apart(records, records)  # where nothing is published there is nothing to stand above
+    assert not whole["own"].any() and set(whole["n"]) == {3}
+
+
 def test_records_of_an_older_recipe_are_read_and_enter_no_figure():
     """The laptop runs of BYOL and DINO whose momentum ran a step ahead: found by their configs, asked for by no figure, not
     made again; today's run of the same fields is asked for instead."""

@@ -38,10 +38,10 @@ def test_a_terminal_has_one_line_with_the_time_left_and_a_log_file_none(screen, 
 @pytest.mark.slow
 def test_live_curves_do_not_grow_the_notebook(own_store):
     """Drawn after every epoch, of 2 or of 9: in the end one empty output, and what was printed."""
-    draw = ("with figures.live(seconds=0):\n    train.LISTENERS.append(count)\n"
+    draw = ("with diagrams.live(seconds=0):\n    train.LISTENERS.append(count)\n"
             "    runs.fetch_all([experiments.run('simsiam', 'digits', 'smoke', epochs={epochs}, pool=1437)])\n"
             "    train.LISTENERS.remove(count)")  # fmt: skip
-    cells = ["from sidae_lib import experiments, figures, runs, train\ndrawn = []\n"
+    cells = ["from sidae_lib import diagrams, experiments, runs, train\ndrawn = []\n"
              "count = lambda config, history: drawn.append(len(history))",
              draw.format(epochs=2), draw.format(epochs=9), "print(drawn)"]  # fmt: skip
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
