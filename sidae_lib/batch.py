@@ -286,7 +286,8 @@ def _train(notebooks: _Notebooks, jobs: int) -> None:
             if ready and not notebooks.running and not stopped:
                 notebooks.start(ready[0])
             now = time.monotonic() - began
-            after = now * (total - done) / done if done else total / jobs
+            pace = (now * jobs + total / 5) / (done + total / 5)  # first the records', then more and more this one's
+            after = (total - done) / jobs * pace
             then = next((nb.stem for nb in notebooks.left if left[nb]), "the last notebooks")
             notebooks.say(f"  {number} of {len(todo)} runs done, next {then}, about {after / 60:.1f} min left")
     if stopped and "Stopped by" in str(stopped):

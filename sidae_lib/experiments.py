@@ -187,10 +187,11 @@ def pairwise_vs_triplet(scale: str, datasets: list[str], seeds: list[int], proto
         if n > 0 and protocol == "faithful":
             continue
         change, how = PROTOCOLS[protocol]
-        how = how | ({"labels": 0.1} if scale == "smoke" else {})
+        how = how | ({"labels": 0.1} if scale in ("smoke", "quick") else {})
         *six, untrained, _ = runs = _scenarios(scale, dataset, seed, change)
         if protocol == "faithful":
-            maps = [(r, 20) for r in six] + [(six[-1], perplexity) for perplexity in (3, 10, 15, 25, 35, 50)]
+            others = (3, 50) if scale == "quick" else (3, 10, 15, 25, 35, 50)
+            maps = [(r, 20) for r in six] + [(six[-1], perplexity) for perplexity in others]
             for r, perplexity in maps:
                 yield EvalConfig(run=r, kind="tsne", perplexity=perplexity, bn="train", labels=0.1,
                                  points=1000 if real else 60)  # fmt: skip
@@ -206,7 +207,7 @@ def pairwise_vs_triplet(scale: str, datasets: list[str], seeds: list[int], proto
 
 def _scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> list[RunConfig]:
     """The report's six runs on a set, then the untrained and the supervised network."""
-    per_class, batch = {"smoke": (20, 64), "quick": (100, 128)}.get(scale, (5000, 1024))
+    per_class, batch = {"smoke": (20, 64), "quick": (40, 128)}.get(scale, (5000, 1024))
     base = {"data": data.identify(dataset), "seed": seed, "backbone": "small_cnn", "stats": "half"}
     if dataset in scales.GREY:
         base |= {"channels": 1, "size": 28}
@@ -238,7 +239,7 @@ def _paired(scale: str, dataset: str, method: str, seed: int, kind: str = "none"
     cosine."""
     images, usual, *_ = _MINING[scale]
     share = share or usual
-    changes: dict[str, Any] = {"pool": images} if scale == "quick" else {}
+    changes: dict[str, Any] = {"pool": images, "epochs": 6} if scale == "quick" else {}
     if kind != "none":
         count = round(pairs.RATIO * images * share / usual)
         changes |= {"pairs": kind, "pair_share": share, "pair_count": count}
@@ -343,7 +344,7 @@ def five_axes(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
 def _equally_long(method: str, dataset: str, scale: str, seed: int) -> RunConfig:
     """A method's run of five_axes."""
     s, reads = scale_of(scale), methods.METHODS[method].reads
-    lengths = {"laptop": {"epochs": 4}, "quick": {"epochs": 1, "pool": 512}, "smoke": {"epochs": 1, "pool": 128}}
+    lengths = {"laptop": {"epochs": 4}, "quick": {"epochs": 1, "pool": 256}, "smoke": {"epochs": 1, "pool": 128}}
     length = lengths.get(scale, {})
     changes = {} if method == "untrained" else dict(length)
     if method == "supervised":
@@ -351,8 +352,8 @@ def _equally_long(method: str, dataset: str, scale: str, seed: int) -> RunConfig
     if "per_class" in reads:  # sets of ten classes; a pairwise image is seen in two pairs
         seen = length.get("pool") or s.pool.get(dataset) or data.TRAINING.get(dataset, 1437)
         changes["per_class"] = seen // {"pairwise": 20, "triplet": 10}[method]
-    if scale == "smoke" and "queue" in reads:
-        changes["queue"] = 64  # at most half of the pool
+    if "pool" in length and "queue" in reads:
+        changes["queue"] = length["pool"] // 2  # it holds at most half of the pool
     return run(method, dataset, scale, seed, **changes)
 
 
@@ -362,17 +363,18 @@ def your_own_images(scale: str, datasets: list[str], seeds: list[int], plan: own
     as many steps. A seed draws the labels too, so that intervals hold for their choice."""
     name, seeds = (datasets or scale_of(scale).datasets)[0], seeds or [0, 1, 2]
     images = data.load(name)
-    network = run("sidae", name, scale, epochs=1, pool=0)
+    network = run("sidae", name, scale, epochs=1, pool=0, channels=3)
     plan = plan or own.plan(images, network, own.STEPS[scale], seeds=seeds)
     every = len(images.split("train").images)
     for seed in seeds:
         drawn = [{"label_count": count % every, "label_seed": seed} for count in plan.counts]
         for method in (*SSL, "untrained"):
-            r = run(method, name, scale, seed, **({} if method == "untrained" else plan.fields))
+            fields = {} if method == "untrained" else plan.fields
+            r = run(method, name, scale, seed, channels=3, **fields)
             yield from (EvalConfig(run=r, kind="logistic", C=0.1, **labels) for labels in drawn)
         for count, labels in zip(plan.counts, drawn):
             epochs = min(200, max(1, round(plan.steps / math.ceil(count / scales.DOWNSTREAM["batch"]))))
-            r = run("supervised", name, scale, seed, epochs=epochs, **labels)
+            r = run("supervised", name, scale, seed, epochs=epochs, channels=3, **labels)
             yield EvalConfig(run=r, kind="classifier", **labels)
 
 
