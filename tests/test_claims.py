@@ -366,3 +366,25 @@ def test_no_claim_is_moved_by_a_run_that_its_figure_did_not_ask_for(own_store, m
     mixed = [r for r in put if r["config"]["run"].get("pool") != e.run.pool]
     with pytest.raises(ValueError, match="two results of one seed"):  # were they read, it would not stay so
         claims.scoreboard({"accuracy_vs_epochs": store.recorded(asked["accuracy_vs_epochs"]) + mixed}, "laptop")
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic", "knn"])
+def test_ten_minutes_convince(kind, monkeypatch):
+    """The published seeds of scale quick: with scarce labels the interval of SidAE lies above the untrained network's, by every
+    probe. The SGD probe is the mean of five classifier seeds."""
+    monkeypatch.setattr(store, "local", dict)  # what else lies in this checkout's store
+    evals = experiments.accuracy_vs_epochs("quick", ["mnist5k"], [0, 1, 2])[1]
+    records = [store.find(e) for e in evals]
+    assert None not in records and experiments.SCALES["quick"].seeds == (3, 0, 1, 2)
+    frame = frames.evaluations(records)
+    ends = frame[(frame["epoch"] == frame["of"]) & (frame["labels"] == 0.01) & (frame["kind"] == kind)]
+    assert set(ends["repeats"]) == {5 if kind == "linear" else 1}
+    sidae, untrained = (differences.interval(ends["accuracy"][ends["method"] == m]) for m in ("sidae", "untrained"))
+    assert sidae[1] > untrained[2], (sidae, untrained)
+
+
+def test_the_rate_of_scale_quick_is_the_best_on_validation():
+    found = {lr: store.recorded(evals) for lr, evals in experiments.rates("quick").items()}
+    assert all(r["config"]["score_on"] == "val" for records in found.values() for r in records)
+    best = max(found, key=lambda lr: next(r["accuracy"] for r in found[lr] if r["config"]["run"]["method"] == "sidae"))
+    assert best == experiments.SCALES["quick"].run["lr"] and experiments.rates("laptop") == {}
