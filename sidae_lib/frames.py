@@ -100,6 +100,34 @@ def found(records: Records) -> str:
             f"{n} seed{'s' * int(n > 1)}")
 
 
+def below(records: Records, runs: Records) -> list[str]:
+    """Which methods lie below the untrained network after the last epoch, in sentences that say by which probe
+    and what speaks for which cause: the scale of the features, or collapse.  runs: their records."""
+    frame, out = evaluations(records) if records else pd.DataFrame(), []
+    gauges: dict[tuple[str, str], list[float]] = {}
+    for r in runs:
+        if r.get("epochs") and "z_std" in r["epochs"][-1]:
+            share = r["epochs"][-1]["z_std"] * RunConfig.from_dict(r["config"]).dim ** 0.5
+            gauges.setdefault((r["data"]["display"], r["config"]["method"]), []).append(share)
+    ends = summary(frame[(frame["epoch"] == frame["of"]) & (frame["scored"] == "test")]) if len(frame) else frame
+    for (display, labels), part in ends.groupby(["display", "labels"], sort=False) if len(ends) else ():
+        wide = part[(part["w"] == 0.5) & (part["pretrain"] == display)].pivot_table("mean", "method", "kind")
+        probed = [k for k in PROBES if k in wide and "untrained" in wide[k].dropna()]
+        for m in (m for m in wide.index if m in methods.MARKERS):
+            low = [k for k in probed if wide[k][m] < wide[k]["untrained"]]
+            if not low:
+                continue
+            said = (f"{methods.NAMES[m]} lies below the untrained network on {display} with {percent(labels)} of the "
+                    f"labels, by {', '.join(PROBES[k] for k in low)}.")
+            if "logistic" in probed and "logistic" not in low:
+                said += (" By logistic regression, which standardises the features, it does not: small features are "
+                         "a matter of scale that one fixed learning rate does not reach.")
+            if share := gauges.get((display, m)):
+                said += f" Spread of its projections, z_std: {np.mean(share):.2f} of the healthy value (0: collapsed)."
+            out.append(said)
+    return out
+
+
 def variant(method: str, w: float = 0.5, augment: str = "none", target: str = PLAIN) -> str:
     """A method's name, with its w and target where they are not the paper's; supervised says if augmented."""
     words = [methods.NAMES.get(method, method), "augmented" * (method == "supervised" and augment != "none"),

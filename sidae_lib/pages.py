@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from . import claims, frames, paths
+from . import claims, frames, paths, store
+from .config import EvalConfig
 from .train import device_of, provenance, write
 
 Found = Mapping[str, Sequence[dict[str, Any]]]  # figure -> the evaluation records that it asks for
@@ -41,6 +42,9 @@ def index(scale: str, records: Found, notebooks: Sequence[Path] = ()) -> Path:
     folder, p = paths.figures(scale), provenance(device_of("auto"))
     body = ["The paper's protocol." if scale == "paper" else "Below the paper's scale: trends at most."]
     body += [f'<li><a href="{os.path.relpath(nb, folder)}">{escape(nb.stem)}</a>' for nb in notebooks]
+    first = records.get("accuracy_vs_epochs", ())
+    trained = store.recorded([EvalConfig.from_dict(r["config"]).run for r in first])
+    body += [f"<p>{escape(sentence)}</p>" for sentence in frames.below(first, trained)]
     for png in sorted(folder.glob("*.png")):
         image, title = base64.b64encode(png.read_bytes()).decode(), escape(png.stem.replace("_", " "))
         body.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}"><br>'
