@@ -270,7 +270,7 @@ def _train(notebooks: _Notebooks, jobs: int) -> None:
     if not todo:
         return
     known, left = runs.rates(args.device), Counter(of.values())
-    weights = {id(job): sum((runs.seconds_each([job.run, *job.evals], known) or {}).values()) for job in todo}
+    weights = {id(job): sum((runs.seconds_each([job.run, *job.evals], known) or {}).values()) or 1.0 for job in todo}
     total, done, began = sum(weights.values()), 0.0, time.monotonic()
     stopped: SidaeError | None = None
     log = (notebooks.out / "workers.log").open("w")

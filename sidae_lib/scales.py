@@ -45,7 +45,8 @@ SCALES: dict[str, Scale] = {
     # visitor's own. The rate was chosen on validation images (`experiments.rates`).
     "quick": Scale(
         datasets=("mnist5k",), seeds=(3, 0, 1, 2), labels=(0.1, 0.01), points=4,
-        run={**_NARROW, "decoder": 64, "batch": 64, "lr": 0.1, "queue": 256}, grey=1, others=1, repeats=5,
+        run={**_NARROW, "decoder": 64, "batch": 64, "lr": 0.1, "queue": 256, "splits": 2}, grey=1, others=1,
+        repeats=5,
         epochs={"mnist5k": 12, "digits": 33, "photos": 9}, neighbours=(20, 5), supervised_epochs=30,
         transfer=("mnist5k", "digits")),
     "laptop": Scale(  # trends on real images without a GPU: hours; 65 x 39 and 55 x 46 steps, at least 2,500

@@ -124,7 +124,7 @@ def test_queue_fits_batch_and_pool(method):
     assert len(train.Run(run, images, torch.device("cpu")).pairs) == 256
 
 
-SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "digits": 1437, "photos": 5700}
+SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "mnist5k": 4000, "digits": 1437, "photos": 5700}
 
 
 @pytest.mark.parametrize("scale", experiments.SCALES)
