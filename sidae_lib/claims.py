@@ -11,6 +11,7 @@ measure  what is compared where it is not accuracy: a function below
 margin   how far apart the sides may be where the claim is that they are alike
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
@@ -85,6 +86,18 @@ def claims(board: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*BOARD[:3], "verdict", "cases", "tested", *VERDICTS, "by chance"])
 
 
+def verdict(board: pd.DataFrame) -> str:
+    """What became of the claims of a `scoreboard`, as a list in Markdown, with the number of decided cases where
+    not all are. Cases below three seeds do not count."""
+    said: dict[str, list[str]] = {}
+    for c in claims(board).to_dict("records"):
+        what, _, of = c["verdict"].partition(" in ")
+        part = f" ({of.removesuffix(' cases')})" if of else f" ({c['verdict']})" if "mixed" in what else ""
+        words = re.sub(r" \([^)]*\)$", "", c["statement"])
+        said.setdefault(what.partition(":")[0].partition(" (")[0], []).append(words + part)
+    return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in (*VERDICTS, "mixed") if what in said)
+
+
 def _judged(rows: Sequence[Any], read: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
     """The cases of a claim, the rows of claims.csv with its words, each judged alone and all together."""
     c, cases = rows[0], [case for row in rows for case in compared(row, read[row.figure])]
@@ -146,14 +159,14 @@ def _extreme(rows: pd.DataFrame, pick: str) -> pd.DataFrame:
 
 def _numbers(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
     """Our means beside the published numbers of the same probe."""
-    by = ["method", "pretrain_name", "data", "display", "labels"]
+    by = ["method", "pretrain_name", "data", "display", "labels", "scale"]
     last = _plain(frame).query("last and kind == 'linear'")
     ours = last.groupby(by, sort=False)["accuracy"].agg(ours="mean", se="sem", n="count").reset_index()
     paper = table(protocol=PROBE).rename(columns=NAMES)
     out = ours.merge(paper, on=["method", "pretrain_name", "data", "labels"])
     out["difference"] = out["ours"] - out["published"]
     out["z"] = out["difference"] / np.hypot(out["se"], out["published_se"].fillna(0))
-    out["verdict"] = [_beside(r, scale) for r in out.itertuples()]
+    out["verdict"] = [_beside(r, r.scale or scale) for r in out.itertuples()]
     out["z"] = [np.nan if v.startswith("not") else z for z, v in zip(out["z"], out["verdict"])]
     out["statement"] = out["method"]
     out["case"] = [f"{r.display}, {frames.percent(r.labels)}"

@@ -12,7 +12,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ BLOCK = 2**26  # bytes of pixels that are resized at once
 DEFAULT = (pictures.LEAST, 3, "antialias")  # for the fingerprint of images of many sizes, or of large ones
 CACHE_FORMAT = 4  # raised when a cache would hold something else for the same files
 
+_published = False  # whether `as_published` is open
 _names: dict[str, str] = {}  # fingerprint -> name, of the sets this process has seen
 
 
@@ -91,9 +93,20 @@ def identify(name: str, *, download: bool = False) -> str:
     """Fingerprint of the set called `name`. For a known one that is not on this machine: the known one, of
     several that which published records use, so that figures replay without data. Raises as `load` does."""
     known = [f for f, (n, _) in KNOWN.items() if n == name]
-    if known and _find(name, download) is None:
+    if known and (_published or _find(name, download) is None):
         return next((f for f in known if records_file(f).exists()), known[0])
     return load(name, download=download).fingerprint
+
+
+@contextmanager
+def as_published() -> Iterator[None]:
+    """While this is open `identify` gives the sets of the published records, whatever lies on this machine."""
+    global _published
+    before, _published = _published, True
+    try:
+        yield
+    finally:
+        _published = before
 
 
 def records_file(fingerprint: str) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import data, figures, methods, train
+from . import data, figures, frames, methods, train
 from .config import RunConfig
 
 if TYPE_CHECKING:  # slow to import
@@ -198,9 +199,11 @@ def live(seconds: float = 5.0) -> Iterator[None]:
         nonlocal drawn
         if time.monotonic() - drawn > seconds:
             rows = pd.DataFrame(history).melt("epoch", ["loss", "z_std"], "panel")
-            look = {"color": methods.COLOURS.get(config.method)}
-            fig = figures.panels(rows, lambda ax, rows: ax.plot(rows["epoch"], rows["value"], **look), 2, 1.8)
-            fig.suptitle(f"{config.method} {config.key()[:6]}, seed {config.seed}")
+            with figures.figure(3.6, 2.2) as fig:
+                for ax, (name, own) in zip(fig.subplots(1, 2), rows.groupby("panel")):
+                    ax.plot(own["epoch"], own["value"], color=methods.COLOURS.get(config.method))
+                    ax.set(title=name, xlabel="epoch")
+                fig.suptitle(f"{methods.NAMES[config.method]}, seed {config.seed}")
             shown.update(fig)
             drawn = time.monotonic()
 
@@ -210,3 +213,39 @@ def live(seconds: float = 5.0) -> Iterator[None]:
     finally:
         train.LISTENERS.remove(draw)
         shown.update({"text/plain": ""}, raw=True)
+
+
+def diagnose(record: dict[str, Any]) -> "Figure":
+    """One run's training: loss terms, spread and rank of the projection, gradients, learning rate and
+    nearest neighbours beside the untrained network's; below, the `frames.findings`."""
+    import seaborn as sns
+
+    sentences, config = frames.findings(record), RunConfig.from_dict(record["config"])
+    colour = methods.COLOURS[config.method]
+    titles = {"l": "loss and its terms", "z": "spread of the projection, z_std",
+              "rank": "effective rank of the projection", "grad": "gradient norm at the epoch's end",
+              "lr": "learning rate", "knn": "nearest neighbour of the same class (%)"}
+    table = pd.DataFrame(record["epochs"]).melt("epoch", var_name="name").dropna()
+    panel = table["name"].replace("loss", "l").str.split("_").str[0].map(titles)
+    table["name"] = table["name"].str.removeprefix("grad_")
+    table["panel"] = pd.Categorical(panel, titles.values())
+    levels = {titles["knn"]: ("untrained", record["untrained"].get("knn"))}
+    if not methods.METHODS[config.method].labels:
+        levels[titles["z"]] = "healthy", config.dim**-0.5
+
+    table = table.sort_values("panel", kind="stable")
+    with figures.figure(7.2, 4.4) as fig:
+        for ax, (title, rows) in zip(fig.subplots(2, 3).flat, table.groupby("panel", sort=False, observed=True)):
+            palette = {name: figures.PARTS.get(name, colour) for name in rows["name"]}
+            by = {"x": "epoch", "y": "value", "hue": "name", "style": "name"}
+            sns.lineplot(rows, **by, palette=palette, estimator=None, ax=ax)
+            label, y = levels.get(title, ("", None))
+            if y is not None:
+                ax.axhline(y, ls=":", color=methods.COLOURS["untrained"], lw=1, label=label)
+            ax.set(title=title, ylabel="", yscale="log" if title == titles["grad"] else "linear")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            if title in (titles["z"], titles["rank"]):
+                ax.set_ylim(0)  # where collapse is
+            ax.legend(fontsize=6)
+        fig.supxlabel(textwrap.fill(" ".join(sentences), 130), fontsize=7, ha="left", x=0.01)
+    return fig

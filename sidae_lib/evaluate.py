@@ -4,7 +4,7 @@ import base64
 import copy
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -223,8 +223,18 @@ def _pairs(task: Task) -> tuple[Tensor, Record]:
     i, j, score = found
     first = zip(task.rows[i[:1000].cpu()].tolist(), task.rows[j[:1000].cpu()].tolist(), score[:1000].tolist())
     out["list"] = [[a, b, round(s, 6)] for a, b, s in first]
+    out["pictures"] = pair_pictures(out["list"], task.x, task.images.split("train").labels)
     task.y_test = task.y[torch.cat([i, j])]
     return task.y[torch.cat([j, i])], {"pairs": out}
+
+
+def pair_pictures(pairs: Sequence[Sequence[float]], images: Tensor, labels: Tensor) -> list[Record]:
+    """Of a list of [i, j, cosine] the first eight pairs of one class and the first eight of two: their place in the list,
+    whether they are right, and both images as one `train.strip`.  images: uint8 (N, C, S, S) that i and j count in."""
+    ends = torch.tensor([pair[:2] for pair in pairs], dtype=torch.int64)
+    right = labels.cpu()[ends[:, 0]] == labels.cpu()[ends[:, 1]]
+    taken = sorted(k for same in (True, False) for k in (right == same).nonzero()[:8, 0].tolist())
+    return [{"at": k, "right": bool(right[k]), "images": strip(images[ends[k]].cpu() / 255)} for k in taken]
 
 
 def _report(task: Task) -> tuple[Tensor, Record]:

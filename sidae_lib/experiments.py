@@ -12,7 +12,19 @@ from typing import Any
 from . import data, methods, own, pairs, scales, store
 from .config import EvalConfig, RunConfig, SidaeError, typed
 from .methods import metric
-from .scales import PROBES, SCALES, SSL, Needs, checkpoints, evaluation, run, scale_of, weighted  # noqa: F401
+from .scales import (  # noqa: F401
+    PROBES,
+    SCALES,
+    SSL,
+    Needs,
+    checkpoints,
+    evaluation,
+    hypotheses,
+    rates,
+    run,
+    scale_of,
+    weighted,
+)  # fmt: skip
 
 Asked = Iterator[RunConfig | EvalConfig]
 FIGURES: dict[str, Callable[..., Needs]] = {}  # in the order of the notebooks
@@ -78,35 +90,6 @@ def best_w(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) 
     return max(found, key=lambda w: mean(found[w]))
 
 
-def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict[str, Any]:
-    """Why the order of methods may differ from the paper's: change -> evaluations of three methods with it
-    on the validation split. At scales smoke and laptop; the last is for a ResNet alone. w is `w_sweep`."""
-    s, datasets, seeds = scale_of(scale), typed("datasets", datasets, list), typed("seeds", seeds, list)
-    if scale not in ("smoke", "laptop"):
-        return {}
-    runs = [run(m, (datasets or s.datasets)[-1], scale, seed) for seed in seeds or s.seeds for m in SSL]
-    changed = {
-        "none": runs,
-        "targets in [0, 1]": [r if r.method == "simsiam" else r.replace(target="unit") for r in runs],
-        "twice the rate": [r.replace(lr=2 * r.lr) for r in runs],
-        "twice the steps": [r.replace(epochs=2 * r.epochs) for r in runs],
-    }
-    if runs[0].backbone.startswith("resnet"):  # SimSiam's code starts so, and SidAE's encoder is SimSiam's
-        changed["residual blocks start at 0"] = [r.replace(zero_init=True) for r in runs]
-    return {change: [EvalConfig(run=r, labels=labels, score_on="val") for labels in s.labels for r in each]
-            for change, each in changed.items()}  # fmt: skip
-
-
-def rates(scale: str) -> dict[float, list[EvalConfig]]:
-    """How scale quick's learning rate was chosen: rate -> evaluations of three methods with it, a fifth of the
-    training images held out, by the paper's probe and never on test. At other scales nothing."""
-    if scale != "quick":
-        return {}
-    dataset = scale_of(scale).datasets[0]
-    return {lr: [EvalConfig(run=run(m, dataset, scale, lr=lr), score_on="val", repeats=5) for m in SSL]
-            for lr in (0.03, 0.1, 0.2, 0.4)}  # fmt: skip
-
-
 @_figure
 def datasets_table(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     """Table 1: the last checkpoint by the paper's probe, on every set, and after transfer where the pool is
@@ -169,7 +152,6 @@ def tsne(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
 PROTOCOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of training, of evaluation
     "faithful": ({"redraw": False}, {"bn": "train", "score_on": "part"}),
     "fixed": ({"batch_norm": "joint"}, {}),
-    "confounds": ({"batch_norm": "joint"}, {}),
 }
 
 
@@ -177,32 +159,39 @@ PROTOCOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of training, 
 def pairwise_vs_triplet(scale: str, datasets: list[str], seeds: list[int], protocols: Sequence[str] = ()
                         ) -> Asked:  # fmt: skip
     """The student report's twelve scenarios, four controls: as its code ran them (one seed, with maps), and
-    by a fixed protocol with every seed; and, by that protocol, its confounds undone one by one."""
-    s, real = scale_of(scale), scale in ("laptop", "paper")
+    by a fixed protocol with every seed."""
     protocols = typed("protocols", protocols, list) or list(PROTOCOLS)
     if unknown := {*protocols} - {*PROTOCOLS}:
         raise SidaeError(f"Unknown protocol {min(unknown)!r}; choose from {', '.join(PROTOCOLS)}.")
-    datasets = datasets or list(("mnist", "cifar10") if real else s.datasets)
-    for protocol, dataset, (n, seed) in product(protocols, datasets, enumerate(seeds or s.seeds[:s.others])):
+    for protocol, dataset, n, seed in _reported(scale, datasets, seeds, protocols):
         if n > 0 and protocol == "faithful":
             continue
         change, how = PROTOCOLS[protocol]
-        how = how | ({"labels": 0.1} if scale in ("smoke", "quick") else {})
+        how = how | _few(scale)
         *six, untrained, _ = runs = _scenarios(scale, dataset, seed, change)
         if protocol == "faithful":
             others = (3, 50) if scale == "quick" else (3, 10, 15, 25, 35, 50)
             maps = [(r, 20) for r in six] + [(six[-1], perplexity) for perplexity in others]
             for r, perplexity in maps:
                 yield EvalConfig(run=r, kind="tsne", perplexity=perplexity, bn="train", labels=0.1,
-                                 points=1000 if real else 60)  # fmt: skip
-        if protocol == "confounds":
-            last = six[-2:] if scale != "smoke" or dataset in scales.GREY else []
-            runs = [r.replace(**change[r.method]) for change in metric.CONFOUNDS.values() for r in last
-                    if r.method in change]  # fmt: skip
+                                 points=60 if _few(scale) else 1000)  # fmt: skip
         yield from (EvalConfig(run=r, kind="report", **how) for r in runs)
-        if protocol != "confounds" and n == 0:  # no seed changes what pixels say
+        if n == 0:  # no seed changes what pixels say
             for features in ("pixels", "pca"):
                 yield EvalConfig(run=untrained, kind="report", features=features, **how)
+
+
+def _few(scale: str) -> dict[str, float]:
+    """The labels of the report's evaluations on sets that are not its own."""
+    return {"labels": 0.1} if scale in ("smoke", "quick") else {}
+
+
+def _reported(scale: str, datasets: list[str], seeds: list[int], protocols: Sequence[str]) -> Iterator[tuple]:
+    """(protocol, set, number of the seed, seed) of the student report's runs."""
+    s = scale_of(scale)
+    datasets = datasets or list(s.datasets if _few(scale) else ("mnist", "cifar10"))
+    for protocol, dataset, (n, seed) in product(protocols, datasets, enumerate(seeds or s.seeds[:s.others])):
+        yield protocol, dataset, n, seed
 
 
 def _scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> list[RunConfig]:
@@ -251,14 +240,16 @@ def _paired(scale: str, dataset: str, method: str, seed: int, kind: str = "none"
 @_figure
 def semantic_pairs(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     """SePP-ID's tables at this scale: training with none, with oracle pairs, with mined ones and with two
-    more controls; fine-tuning and transfer; how many pairs are right, by encoder, epoch, share of the images,
-    with augmentation and without training; NNCLR and FNC, which look for theirs while they train."""
+    more controls; fine-tuning and transfer."""
+    for dataset, each in _mined_on(scale, datasets, seeds):
+        yield from _trained_with_pairs(scale, dataset, each)
+
+
+def _mined_on(scale: str, datasets: list[str], seeds: list[int]) -> Iterator[tuple[str, list[int]]]:
+    """(set, seeds) of the runs with pairs."""
     s = scale_of(scale)
-    seeds = seeds or list(range(5) if scale == "laptop" else s.seeds)[:s.others]
     for dataset in datasets or ("cifar10" if "cifar10" in s.datasets else s.datasets[0],):
-        yield from _trained_with_pairs(scale, dataset, seeds)
-        yield from (_paired(scale, dataset, m, seeds[0]) for m in ("simsiam", "simclr", "nnclr", "fnc"))
-        yield from _counted_pairs(scale, dataset, seeds)
+        yield dataset, seeds or list(range(5) if scale == "laptop" else s.seeds)[:s.others]
 
 
 def _trained_with_pairs(scale: str, dataset: str, seeds: list[int]) -> Iterator[EvalConfig]:
@@ -376,6 +367,26 @@ def your_own_images(scale: str, datasets: list[str], seeds: list[int], plan: own
             epochs = min(200, max(1, round(plan.steps / math.ceil(count / scales.DOWNSTREAM["batch"]))))
             r = run("supervised", name, scale, seed, epochs=epochs, channels=3, **labels)
             yield EvalConfig(run=r, kind="classifier", **labels)
+
+
+@_figure
+def report_confounds(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
+    """The report's confounds undone one by one on its best augmentation, by the fixed protocol; and the runs
+    as published."""
+    for _, dataset, _, seed in _reported(scale, datasets, seeds, ("fixed",)):
+        last = _scenarios(scale, dataset, seed, PROTOCOLS["fixed"][0])[4:6]
+        undone = [r.replace(**change[r.method]) for change in metric.CONFOUNDS.values() for r in last
+                  if r.method in change and (scale != "smoke" or dataset in scales.GREY)]  # fmt: skip
+        yield from (EvalConfig(run=r, kind="report", **_few(scale)) for r in [*last, *undone])
+
+
+@_figure
+def pairs_found(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
+    """How many pairs are right, by encoder, epoch, share of the images, with augmentation and without
+    training; NNCLR and FNC, which look for theirs while they train."""
+    for dataset, each in _mined_on(scale, datasets, seeds):
+        yield from (_paired(scale, dataset, m, each[0]) for m in ("simsiam", "simclr", "nnclr", "fnc"))
+        yield from _counted_pairs(scale, dataset, each)
 
 
 def figure(name: str) -> Callable[..., Needs]:

@@ -29,6 +29,8 @@ def distinct(names: Iterable[str]) -> str:
 def evaluations(records: Records) -> pd.DataFrame:
     """One row per evaluation, of a report one per metric: what was trained, what was measured, on what.
 
+    name: the method's, as figures show it.  level: it is no point of a curve, as of the untrained network.
+    scale: of records that `recorded.fetch` gave.
     error: the standard error that the choice of the test images gives, in points (binomial; of mined pairs
     from their own interval).  right: which images were right in how many of the `repeats`, if known.
     """
@@ -48,6 +50,8 @@ def evaluations(records: Records) -> pd.DataFrame:
             "epoch": r["epoch"], "of": run.epochs, "scored": ask.score_on, "kind": r["kind"] + fitted,
             "C": ask.C, "labels": ask.labels, "n_train": r["n_train"], "accuracy": np.nan,
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"], "error": np.nan,
+            "scale": r.get("scale", ""), "name": variant(run.method, run.w, run.augment) + pairs,
+            "level": r["kind"] == "classifier" or not run.epochs,
             "right": r.get("right", ""), "repeats": ask.repeats,
         }
         measured = [("accuracy", r["accuracy"], r["n_test"])]

@@ -19,7 +19,8 @@ from .config import RunConfig, SidaeError, typed
 from .data import Images, subset
 from .differences import Difference
 
-STEPS = {"smoke": 8, "quick": 40, "laptop": 2500, "paper": 19_500}  # optimiser steps of a run without a time budget
+# optimiser steps of a run without a time budget
+STEPS = {"smoke": 8, "quick": 40, "recorded": 2500, "laptop": 2500, "paper": 19_500}
 SHARES = (0.01, 0.05, 0.1, 1.0)  # of the training labels, for the learning curve
 PAIRS = 600_000_000  # of a test and a training image, compared at most to find near copies
 PRETRAINED = {"sidae": "SidAE", "simsiam": "SimSiam", "dae": "the autoencoder"}

@@ -174,3 +174,33 @@ def supervised(dataset: str, scale: str, seed: int) -> Needs:
     runs = [run("supervised", dataset, scale, seed, labels=labels, augment=augment)
             for labels in scale_of(scale).labels for augment in ("none", views(dataset))]  # fmt: skip
     return runs, [EvalConfig(run=r, kind="classifier", labels=r.labels) for r in runs]
+
+
+def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()
+               ) -> dict[str, list[EvalConfig]]:  # fmt: skip
+    """Why the order of methods may differ from the paper's: change -> evaluations of three methods with it
+    on the validation split. At scales smoke and laptop; the last is for a ResNet alone. w is `w_sweep`."""
+    s, datasets, seeds = scale_of(scale), typed("datasets", datasets, list), typed("seeds", seeds, list)
+    if scale not in ("smoke", "laptop"):
+        return {}
+    runs = [run(m, (datasets or s.datasets)[-1], scale, seed) for seed in seeds or s.seeds for m in SSL]
+    changed = {
+        "none": runs,
+        "targets in [0, 1]": [r if r.method == "simsiam" else r.replace(target="unit") for r in runs],
+        "twice the rate": [r.replace(lr=2 * r.lr) for r in runs],
+        "twice the steps": [r.replace(epochs=2 * r.epochs) for r in runs],
+    }
+    if runs[0].backbone.startswith("resnet"):  # SimSiam's code starts so, and SidAE's encoder is SimSiam's
+        changed["residual blocks start at 0"] = [r.replace(zero_init=True) for r in runs]
+    return {change: [EvalConfig(run=r, labels=labels, score_on="val") for labels in s.labels for r in each]
+            for change, each in changed.items()}  # fmt: skip
+
+
+def rates(scale: str) -> dict[float, list[EvalConfig]]:
+    """How scale quick's learning rate was chosen: rate -> evaluations of three methods with it, a fifth of the
+    training images held out, by the paper's probe and never on test. At other scales nothing."""
+    if scale != "quick":
+        return {}
+    dataset = scale_of(scale).datasets[0]
+    return {lr: [EvalConfig(run=run(m, dataset, scale, lr=lr), score_on="val", repeats=5) for m in SSL]
+            for lr in (0.03, 0.1, 0.2, 0.4)}  # fmt: skip
