@@ -27,14 +27,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Notebooks are validated by nbval, in empty folders, so that they train what is compared."""
+    """Notebooks are validated by nbval as they are committed: every printed number and table is compared with a fresh replay of
+    the published records, in an empty store and without data."""
     if not any(arg.rstrip("/").endswith("notebooks") or ".ipynb" in arg for arg in config.args):
         return
-    vars(config.option).update(nbval_lax=True, nbval_current_env=True, nbval_cell_timeout=300)
+    vars(config.option).update(nbval=True, nbval_current_env=True, nbval_cell_timeout=300)
     if not hasattr(config, "workerinput"):  # a worker of xdist inherits the folders
         folder = TemporaryDirectory(ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
-        os.environ |= {f"SIDAE_{name.upper()}": f"{folder.name}/{name}" for name in ("runs", "records", "figures")}
+        os.environ |= {f"SIDAE_{name.upper()}": f"{folder.name}/{name}" for name in ("runs", "data", "figures")}
+        os.environ["TQDM_DISABLE"] = "1"
         os.environ["MPLBACKEND"] = ""  # ipykernel chooses
 
 
@@ -66,7 +68,7 @@ def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
         return result
     stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
-    cells = getattr(session.config.option, "nbval_lax", False)
+    cells = getattr(session.config.option, "nbval", False)
     reasons = [r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", [])]
     found = {"what": "notebook cells" if cells else "tests", "passed": len(stats.get("passed", [])),
              "failed": [r.nodeid for kind in ("failed", "error") for r in stats.get(kind, [])],

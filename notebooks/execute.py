@@ -2,10 +2,12 @@
 
 Scale `recorded`, an empty store beside the published records, no data, no progress bars and no times of day; what a cell
 printed in pieces becomes one output, and what only a running notebook can show, a widget, is left out.
+Links to the code get the line where it stands now.
 """
 
 import base64
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +19,22 @@ from sidae_lib import figures
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def line(file: str, symbol: str) -> int:
+    """Where a function or class, or a method of a class, begins. Raises ValueError where there is none."""
+    number, lines = 0, (HERE.parent / file).read_text().splitlines()
+    for name in symbol.split("."):
+        begins = (n for n, text in enumerate(lines, 1) if n > number and re.match(rf"\s*(def|class) {name}\b", text))
+        number = next(begins, 0)
+        if not number:
+            raise ValueError(f"{file} has no {symbol}; mend the link.")
+    return number
+
+
+def linked(text: str) -> str:
+    """Links to the code, [`SidAE.loss`](../sidae_lib/methods/sidae.py#L1), with the line where it stands now."""
+    return re.sub(r"(\[`([\w.]+)`\]\(\.\./([\w/]+\.py))#L\d+", lambda m: f"{m[1]}#L{line(m[3], m[2])}", text)
 
 
 def tidy(nb: nbformat.NotebookNode) -> None:
@@ -49,6 +67,8 @@ def main(wanted: list[str]) -> None:
             os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
             ExecutePreprocessor(timeout=600).preprocess(nb, {"metadata": {"path": str(HERE)}})
         tidy(nb)
+        for cell in nb.cells:
+            cell.source = linked(cell.source) if cell.cell_type == "markdown" else cell.source
         nbformat.write(nb, path)
         print(path.name)
 

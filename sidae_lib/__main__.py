@@ -15,6 +15,7 @@ from . import paths
 from .config import EvalConfig, RunConfig, SidaeError, above_zero
 
 SCALES = ("smoke", "quick", "laptop", "paper")
+SHOWN = (*SCALES, "recorded")  # by notebooks
 OPTIONS: dict[str, dict[str, Any]] = {  # of several commands
     "--data": {"metavar": "DIR", "help": "folder of the image sets (default: data, or $SIDAE_DATA)"},
     "--device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "where to compute"},
@@ -26,9 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of several commands
     "--scheduler": {"metavar": "ADDRESS", "help": "train on the workers of this Dask scheduler, tcp://... or "
                     "tls://..."},
 }  # fmt: skip
-RUN_ALL = """./run_all.sh [smoke|quick|laptop|paper] [OPTIONS]
+RUN_ALL = """./run_all.sh [smoke|quick|laptop|paper|recorded] [OPTIONS]
            run the notebooks into executed/<scale> and figures/<scale>;
-           the default is quick, ten minutes without a download
+           the default is quick, ten minutes without a download;
+           recorded trains nothing: the best on record, in seconds
        ./run_all.sh test [--all] [PYTEST ARGUMENTS]
            run the tests and validate the notebooks, one process a core, or only what the arguments name, in
            one process; --all adds the slow tests
@@ -105,7 +107,8 @@ def _run_options(add: Callable) -> None:
 
 
 def _notebooks_options(add: Callable) -> None:
-    add("scale", nargs="?", choices=SCALES, default="quick", metavar="SCALE", help=", ".join(SCALES))
+    add("scale", nargs="?", choices=SHOWN, default="quick", metavar="SCALE",
+        help=f"{', '.join(SCALES)}, or recorded: the best on record, nothing is trained")
     add("--only", metavar="01,03", help="only these notebooks, by number or name")
     add("--download", action="store_true", help="allow data sets to be downloaded")
     add("--fresh", action="store_true", help="compute everything again in an empty store under runs/ (quick: your "

@@ -29,7 +29,7 @@ from . import paths
 from .config import SidaeError, typed
 
 NEXT = {"smoke": "./run_all.sh", "quick": "./run_all.sh --only 10 -p images YOUR_FOLDER -p budget 20",
-        "laptop": "./run_all.sh lab", "paper": "./run_all.sh lab"}
+        "laptop": "./run_all.sh lab", "paper": "./run_all.sh lab", "recorded": "./run_all.sh lab"}
 CELL_SECONDS = {"smoke": 300, "quick": 1800}  # a cell beyond it hangs; the other scales may take hours
 
 
@@ -84,8 +84,6 @@ def _parameters(args: argparse.Namespace, notebooks: list[Path]) -> dict[Path, d
     common: dict[str, Any] = {"scale": args.scale, "device": args.device}
     if args.seeds is not None:
         common["seeds"] = list(range(args.seeds))
-    elif args.scale != "smoke":
-        common["seeds"] = []  # the scale's own
     if args.minutes is not None:
         common["minutes"] = args.minutes
     declared = {nb: papermill.inspect_notebook(nb) for nb in notebooks}
@@ -244,7 +242,7 @@ def _asked(args: argparse.Namespace, parameters: dict[Path, dict[str, Any]]) -> 
     out: dict[Path, list[Any]] = {}
     for nb, given in parameters.items():
         name, plain = nb.stem.partition("_")[2], {"scale", "device", "minutes", "seeds", "datasets"}
-        if name not in experiments.FIGURES or given.keys() - plain:
+        if name not in experiments.FIGURES or given.keys() - plain or args.scale not in experiments.SCALES:
             continue
         images = papermill.inspect_notebook(nb).get("images")  # of one's own: a set's name, until it is changed
         datasets = [ast.literal_eval(images["default"])] if images else given.get("datasets", ())
@@ -317,11 +315,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(clock) - len(failed)} of {len(clock)} notebooks ran in {took:.0f} s; they are in {out}")
     if failed:
         print(f"Failed: {', '.join(failed)}; see the .html and the .log of each")
-    from . import experiments, frames, pages, store
+    from . import frames, pages, recorded
 
     if args.fresh:  # only a run that computed everything says how long everything takes
         pages.timings(args.scale, clock)
-    found = {name: store.recorded(evals) for name, evals in experiments.evaluations(args.scale).items()}
+    found = recorded.evaluations(args.scale)
     page = pages.index(args.scale, found, sorted(out.glob("*.html")))
     said = frames.found(found.get("accuracy_vs_epochs", ()))
     print(f"Pages: {page}. {f'Found: {said}. ' * bool(said)}Next: {NEXT[args.scale]}")

@@ -202,7 +202,8 @@ def _read(frame: pd.DataFrame) -> pd.DataFrame:
     checkpoint in the first half of training.  method: without its pairs; pairs: none, mined, random, ...
     """
     frame = frame[frame.groupby("run_key")["epoch"].transform("max") >= frame["of"]]
-    frame = frame.assign(**{c: None for c in ("metric", "channels", "undone") if c not in frame})
+    lacking = {"metric": None, "channels": None, "undone": None, "scale": ""}
+    frame = frame.assign(**{c: value for c, value in lacking.items() if c not in frame})
     names = frame["method"].str.extract(r"^(\w+)(?: \+ \d+ (\w+))?$")
     labels, epoch, of = frame["labels"], frame["epoch"], frame["of"]
     frame = frame.assign(method=names[0], pairs=names[1].fillna("none"), list=frame["method"],

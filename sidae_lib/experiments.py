@@ -13,17 +13,7 @@ from . import data, methods, own, pairs, scales, store
 from .config import EvalConfig, RunConfig, SidaeError, typed
 from .methods import metric
 from .scales import (  # noqa: F401
-    PROBES,
-    SCALES,
-    SSL,
-    Needs,
-    checkpoints,
-    evaluation,
-    hypotheses,
-    rates,
-    run,
-    scale_of,
-    weighted,
+    MADE, PROBES, SCALES, SSL, VARIED, Needs, checkpoints, evaluation, hypotheses, rates, run, scale_of, weighted,
 )  # fmt: skip
 
 Asked = Iterator[RunConfig | EvalConfig]
@@ -291,21 +281,6 @@ def _counted_pairs(scale: str, dataset: str, seeds: list[int]) -> Iterator[EvalC
         asked.append((moco, {"data": data.identify("tinyimagenet32"), "labels": 0.1}))
     usual = round(images / data.TRAINING.get(dataset, 50_000), 4)
     yield from (EvalConfig(run=r, kind="pairs", **{"labels": usual} | change) for r, change in asked)
-
-
-VARIED: dict[str, list[dict[str, Any]]] = {  # the other choices on the five axes, one changed at a time
-    "yadim": [{"backbone": "resnet34"}, {"backbone": "amdim"}, {"extract": "00,11"}, {"extract": "01,02,11"},
-              {"extract": "0r"}, {"augment": "amdim"}, {"augment": "simclr"}],
-    "amdim": [{"backbone": "resnet18", "stem": "cifar"}, {"backbone": "resnet34", "stem": "cifar"},
-              {"extract": "00"}, {"extract": "00,11"}, {"extract": "0r"}],
-    "cpc_v2": [{"backbone": "patches34"}, {"norm": "layer"}, {"extract": "1,2,3,4,5,6"}, {"extract": "2"},
-               {"extract": "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6"}],
-}  # fmt: skip
-MADE = {  # method -> what else a composed one names, to be the same
-    "simclr": {"extract": "vector", "compare": "cosine", "loss": "info_nce"},
-    "amdim": {"extract": "01,02,11", "compare": "dot", "loss": "nce"},
-    "yadim": {"extract": "00", "compare": "dot", "loss": "nce"},
-}
 
 
 @_figure

@@ -13,10 +13,9 @@ import pandas as pd
 from . import methods, paths, train
 
 if TYPE_CHECKING:  # slow to import: late, in the functions that need it
-    from IPython.display import Markdown
+    from IPython.display import HTML, Markdown
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas.io.formats.style import Styler
 
 # What is no method has a colour of no method, and dark to light, so that it is told apart without its hue
 SHARES = ("#4400CC", "#DE37FF")  # of the labels: many, scarce
@@ -100,6 +99,8 @@ def stamp(rows: pd.DataFrame) -> str:
 
     n: seeds of each `name`, or the column `n` where rows are means.
     """
+    if "own" in rows and not rows["own"].all():
+        rows = rows[~rows["own"]]  # the reader's run stands on top of them
     said = [f"{scale} scale" for scale in dict.fromkeys(rows.get("scale", [])) if scale]
     names = rows["name"] if "name" in rows else pd.Series("", rows.index)
     many = rows.groupby(names, sort=False)
@@ -130,6 +131,18 @@ def line(method: str, augment: str = "none") -> dict[str, Any]:
 def point(method: str) -> dict[str, Any]:
     """What matplotlib takes to draw a method's marker without a line."""
     return {"color": methods.COLOURS[method], "marker": methods.MARKERS.get(method, "o"), "ls": "", "lw": 0.8}
+
+
+def place(ax: "Axes", x: float) -> "Axes":
+    """Where a point at x is drawn: the panel, or, beyond its curves, a strip beside it whose one tick x is."""
+    if x <= ax.dataLim.x1:
+        return ax
+    if not ax.child_axes:
+        strip = ax.inset_axes((1.05, 0, 0.1, 1), sharey=ax)
+        strip.set(xticks=[x], xlim=(x - 1, x + 1))
+        strip.tick_params(left=False, labelleft=False)
+        strip.spines["left"].set_visible(False)
+    return ax.child_axes[0]  # type: ignore[return-value]
 
 
 def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> None:
@@ -163,18 +176,22 @@ def small(png: bytes) -> bytes:
 
 
 def table(rows: pd.DataFrame, caption: str = "", bold: Sequence[str] | pd.DataFrame = (), digits: int = 1
-          ) -> "Styler":  # fmt: skip
+          ) -> "HTML":  # fmt: skip
     """A table as a reader wants it: no index of numbers, nothing where there is no value, a fixed id.
 
     bold: columns whose greatest value is bold, or a mask of the same shape (True: bold).  digits: of fractions.
     """
+    from IPython.display import HTML
+
     shown = rows.style.format(precision=digits, na_rep="", thousands=",")
     shown = shown.set_uuid(sha256(caption.encode()).hexdigest()[:8]).set_caption(caption)
     if isinstance(rows.index, pd.RangeIndex):
         shown = shown.hide(axis="index")
     if isinstance(bold, pd.DataFrame):
-        return shown.apply(lambda _: bold.map(lambda on: "font-weight: bold" * bool(on)), axis=None)
-    return shown.highlight_max(subset=list(bold), props="font-weight: bold") if len(bold) else shown
+        shown = shown.apply(lambda _: bold.map(lambda on: "font-weight: bold" * bool(on)), axis=None)
+    elif len(bold):
+        shown = shown.highlight_max(subset=list(bold), props="font-weight: bold")
+    return HTML(shown.to_html())
 
 
 def say(*lines: str) -> "Markdown":

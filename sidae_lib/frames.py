@@ -12,7 +12,7 @@ from .methods.metric import undone
 
 Records = Sequence[dict[str, Any]]
 PROBES = {"linear": "SGD probe", "logistic": "logistic regression", "knn": "kNN", "finetune": "fine-tuned"}
-OF_ONE_RUN = ("seed", "accuracy", "run_key", "hardware", "error", "right", "repeats")  # of no mean
+OF_ONE_RUN = ("seed", "accuracy", "run_key", "hardware", "error", "right", "repeats", "own")  # of no mean
 PLAIN = "standardised, mean"  # the paper's target of the reconstruction
 
 
@@ -30,7 +30,7 @@ def evaluations(records: Records) -> pd.DataFrame:
     """One row per evaluation, of a report one per metric: what was trained, what was measured, on what.
 
     name: the method's, as figures show it.  level: it is no point of a curve, as of the untrained network.
-    scale: of records that `recorded.fetch` gave.
+    scale, own: of records that `recorded.fetch` gave.
     error: the standard error that the choice of the test images gives, in points (binomial; of mined pairs
     from their own interval).  right: which images were right in how many of the `repeats`, if known.
     """
@@ -51,7 +51,7 @@ def evaluations(records: Records) -> pd.DataFrame:
             "C": ask.C, "labels": ask.labels, "n_train": r["n_train"], "accuracy": np.nan,
             "hardware": hardware(r["provenance"]), "run_key": r["run_key"], "error": np.nan,
             "scale": r.get("scale", ""), "name": variant(run.method, run.w, run.augment) + pairs,
-            "level": r["kind"] == "classifier" or not run.epochs,
+            "level": r["kind"] == "classifier" or not run.epochs, "own": r.get("own", False),
             "right": r.get("right", ""), "repeats": ask.repeats,
         }
         measured = [("accuracy", r["accuracy"], r["n_test"])]
@@ -77,14 +77,6 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     means = {"mean": ("accuracy", "mean"), "se": ("accuracy", "sem"), "n": ("accuracy", "count")}
     out = frame.groupby(by, sort=False, as_index=False).agg(**means, hardware=("hardware", distinct))
     return out.round({"mean": 4, "se": 4})
-
-
-def apart(records: Records, own: Records) -> pd.DataFrame:
-    """`summary` of records without those of `own`, whose rows follow with `own` True; none where all are own."""
-    mine = {id(r) for r in own}
-    others = [r for r in records if id(r) not in mine]
-    parts = [(others, False), (own, True)] if others and own else [(records, False)]
-    return pd.concat([summary(evaluations(part)).assign(own=is_own) for part, is_own in parts], ignore_index=True)
 
 
 def found(records: Records) -> str:

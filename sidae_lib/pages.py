@@ -40,7 +40,8 @@ def index(scale: str, records: Found, notebooks: Sequence[Path] = ()) -> Path:
     """figures/<scale>/index.html: all figures, the scoreboard (also a page and a table of its own), links to
     the executed notebooks (their HTML), and on what all was made."""
     folder, p = paths.figures(scale), provenance(device_of("auto"))
-    body = ["The paper's protocol." if scale == "paper" else "Below the paper's scale: trends at most."]
+    below = "Each panel names its scale." if scale == "recorded" else "Below the paper's scale: trends at most."
+    body = ["The paper's protocol." if scale == "paper" else below]
     body += [f'<li><a href="{os.path.relpath(nb, folder)}">{escape(nb.stem)}</a>' for nb in notebooks]
     first = records.get("accuracy_vs_epochs", ())
     trained = store.recorded([EvalConfig.from_dict(r["config"]).run for r in first])

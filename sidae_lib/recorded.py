@@ -2,13 +2,16 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import fields
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import pandas as pd
 
-from . import claims, data, experiments, runs, store
+from . import claims, data, experiments, paths, runs, store
 from .config import EvalConfig, Record, RunConfig, SidaeError
 
 BEST = "recorded"  # beside the names of scales: the largest of them on record, for each set of images
@@ -18,7 +21,8 @@ EPOCH = 25  # from which on an unfinished run of the paper's protocol is shown
 
 def fetch(figure: str, scale: str = BEST, datasets: Sequence[str] = (), seeds: Sequence[int] = (), *,
           device: str = "auto", minutes: float = 0.0, **more: Any) -> tuple[list[Record], list[Record]]:  # fmt: skip
-    """The records that a figure shows: (of runs, of evaluations), each with the name of its `scale`.
+    """The records that a figure shows: (of runs, of evaluations), each with the name of its `scale`, and whether
+    it is the reader's `own`, beside published ones.
 
     scale: of one of `experiments.SCALES` what is missing is computed. At `recorded` nothing is: each set of
     images has the largest scale that is on record, as far as every method of it has come.
@@ -42,61 +46,73 @@ def _needs(figure: str, scale: str, datasets: Sequence[str], seeds: Sequence[int
 
 
 def _parted(configs: Iterable[store.Config], scale: str) -> tuple[list[Record], list[Record]]:
-    found = [r | {"scale": scale} for c in configs if (r := store.find(c))]
+    found = [r for c in configs if (r := store.find(c))]
+    mine = {store.id_of(r) for r in store.own(found)}
+    mine = set() if len(mine) == len(found) else mine  # nothing is published that they could stand beside
+    found = [r | {"scale": scale, "own": store.id_of(r) in mine} for r in found]
     return [r for r in found if "run_key" not in r], [r for r in found if "run_key" in r]
 
 
-def best(figure: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), *, least: int = 1, **more: Any
-         ) -> tuple[list[Record], list[Record]]:  # fmt: skip
-    """As `fetch` at `recorded`.  least: so many seeds of each method must have come that far."""
+def best(figure: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), *, least: Sequence[int] = (1,),
+         **more: Any) -> tuple[list[Record], list[Record]]:  # fmt: skip
+    """As `fetch` at `recorded`.  least: so many seeds of each method must have come that far; of the sets that
+    no scale has so many of, the next number."""
     trained, evals, taken = list[Record](), list[Record](), set[tuple]()
-    with data.as_published():
-        for scale in SCALES:
-            if scale == "quick" and taken:
-                break
-            for panel, configs in _panels(figure, scale, datasets, seeds, more):
-                if panel not in taken and (kept := _reached(configs, least)):
-                    taken.add(panel)
-                    for whole, part in zip((trained, evals), _parted(kept, scale)):
-                        whole += part
-    if not taken and least == 1:
+    places = str(paths.runs()), str(paths.records())
+    given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in more.items())
+    for few, scale in [*product(least, SCALES[:2]), *product(least, SCALES[2:])]:
+        if scale == "quick" and taken:
+            break
+        for panel, configs in _panels(figure, scale, tuple(datasets), tuple(seeds), given, places):
+            if panel not in taken and (kept := _reached(configs, few)):
+                taken.add(panel)
+                for whole, part in zip((trained, evals), _parted(kept, scale)):
+                    whole += part
+    if not taken:
         raise SidaeError(f"Nothing of {figure} is on record here; choose a scale of {', '.join(experiments.SCALES)}.")
     return trained, evals
 
 
-def _panels(figure: str, scale: str, datasets: Sequence[str], seeds: Sequence[int], more: dict[str, Any]
-            ) -> Iterator[tuple[tuple, list[store.Config]]]:  # fmt: skip
-    """What a figure needs at a scale, by (set trained on, set evaluated on)."""
-    panels, evaluated = defaultdict[tuple, list[store.Config]](list), dict[RunConfig, tuple]()
-    with suppress(SidaeError), warnings.catch_warnings(action="ignore"):  # a set that nothing is known of
-        wanted = _needs(figure, scale, datasets, seeds, **more)
-        for c in reversed(wanted):  # evaluations first: they say where their run belongs
-            if isinstance(c, EvalConfig):
-                evaluated[c.run] = (c.run.data, c.data or c.run.data)
-            panels[(c.run.data, c.data or c.run.data) if isinstance(c, EvalConfig) else
-                   evaluated.get(c, (c.data, c.data))].append(c)  # fmt: skip
-    yield from ((panel, configs[::-1]) for panel, configs in reversed(panels.items()))
+@lru_cache(maxsize=64)
+def _panels(figure: str, scale: str, datasets: tuple, seeds: tuple, more: tuple, places: tuple
+            ) -> list[tuple[tuple, list[store.Config]]]:  # fmt: skip
+    """What a figure needs at a scale, by (set trained on, set evaluated on); nothing for sets that are not known.
+    places: of the records, since what a figure asks for may depend on them."""
+    wanted: list[store.Config] = []
+    with suppress(SidaeError), warnings.catch_warnings(action="ignore"), data.as_published():
+        wanted = _needs(figure, scale, datasets, seeds, **dict(more))
+    panels = defaultdict[tuple, list[store.Config]](list)
+    evaluated = {c.run: (c.run.data, c.data or c.run.data) for c in reversed(wanted) if isinstance(c, EvalConfig)}
+    for c in wanted:
+        own = (c.run.data, c.data or c.run.data) if isinstance(c, EvalConfig) else (c.data, c.data)
+        panels[evaluated.get(c, own) if isinstance(c, RunConfig) else own].append(c)
+    return list(panels.items())
 
 
 def _reached(configs: Sequence[store.Config], least: int) -> list[store.Config]:
     """Those on record, up to the epoch that every method has reached with at least so many seeds, and of the
     seeds that have; none where that is before EPOCH and before the end, or where anything is missing."""
-    reach: dict[store.Config, dict[int, int]] = {_alike(c): {} for c in configs}  # -> seed -> last epoch
-    asked = {_alike(c): _epoch(c) for c in sorted(configs, key=_epoch)}
-    found = [c for c in configs if store.find(c)]
-    for c in found:
-        seen, seed = reach[_alike(c)], store.run_of(c).seed
+    method = {c: _alike(c) for c in configs}
+    evaluated = {c.run for c in configs if isinstance(c, EvalConfig)}  # an unfinished run has no record of its own
+    asked = {method[c]: _epoch(c) for c in sorted(configs, key=_epoch) if c not in evaluated}
+    reach: dict[tuple, dict[int, int]] = {m: {} for m in asked}  # -> seed -> last epoch
+    found = [c for c in configs if store.there(c)]
+    for c in (c for c in found if c not in evaluated):
+        seen, seed = reach[method[c]], store.run_of(c).seed
         seen[seed] = max(seen.get(seed, 0), _epoch(c))
     if any(len(seen) < least for seen in reach.values()):
         return []
-    ends = {c: sorted(seen.values(), reverse=True)[least - 1] for c, seen in reach.items()}
-    end = min((end for c, end in ends.items() if end < asked[c]), default=None)
+    ends = {m: sorted(seen.values(), reverse=True)[least - 1] for m, seen in reach.items()}
+    end = min((end for m, end in ends.items() if end < asked[m]), default=None)
     if end is not None and end < EPOCH:
         return []
 
     def shown(c: store.Config) -> bool:
-        last = asked[_alike(c)] if end is None else min(end, asked[_alike(c)])
-        return reach[_alike(c)][store.run_of(c).seed] >= last >= _epoch(c)
+        if c in evaluated:
+            return True
+        m = method[c]
+        last = asked[m] if end is None else min(end, asked[m])
+        return reach[m][store.run_of(c).seed] >= last >= _epoch(c)
 
     return [c for c in found if shown(c)]
 
@@ -105,25 +121,29 @@ def _epoch(config: store.Config) -> int:
     return config.epoch if isinstance(config, EvalConfig) else config.epochs
 
 
-def _alike(config: store.Config) -> store.Config:
-    """The same of another seed and epoch."""
-    run = store.run_of(config).replace(seed=0)
-    return EvalConfig.create(**config.to_dict() | {"run": run, "epoch": run.epochs, "seed": 0, "label_seed": 0}) if isinstance(
-        config, EvalConfig) else run  # fmt: skip
+def _alike(config: store.Config) -> tuple:
+    """What a config has in common with the same of another seed and epoch."""
+    names = (f.name for f in fields(config) if f.name not in ("run", "seed", "epoch", "label_seed"))
+    return *(getattr(config, name) for name in names), *(_alike(config.run) if isinstance(config, EvalConfig) else ())
 
 
-def claimed(figure: str, scale: str = BEST, evals: Sequence[Record] = (), **more: Any) -> pd.DataFrame:
-    """The scoreboard of a figure's claims.
+def claimed(figure: str, scale: str = BEST, evals: Sequence[Record] = ()) -> pd.DataFrame:
+    """The scoreboard of a figure's claims: at a scale of the records `evals`, at `recorded` of `decisive` ones."""
+    return claims.scoreboard({figure: decisive(figure) if scale == BEST else evals}, scale)
 
-    At `recorded` those of the largest scale at which every method has at least three seeds, for each set of
-    images; of the others the best there is. At another scale of the records `evals`.
-    """
+
+def decisive(figure: str) -> list[Record]:
+    """The evaluations that a figure's claims are judged by: for each set of images the largest scale at which
+    every method has at least three seeds, else the best there is."""
+    return best(figure, least=(claims.SEEDS, 1))[1]
+
+
+def evaluations(scale: str) -> dict[str, list[Record]]:
+    """Figure -> the evaluation records of a scale that are there; at `recorded` the decisive ones."""
     if scale != BEST:
-        return claims.scoreboard({figure: evals}, scale)
-    three, any_n = (best(figure, least=n, **more)[1] for n in (claims.SEEDS, 1))
-    there = {_set(r) for r in three}
-    return claims.scoreboard({figure: three + [r for r in any_n if _set(r) not in there]}, scale)
-
-
-def _set(record: Record) -> tuple[str, str]:
-    return record["config"]["run"]["data"], record["data"]["name"]
+        return {name: store.recorded(evals) for name, evals in experiments.evaluations(scale).items()}
+    out = {}
+    for name in experiments.evaluations("smoke"):
+        with suppress(SidaeError):  # nothing of it is on record
+            out[name] = decisive(name)
+    return out

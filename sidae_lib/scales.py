@@ -83,6 +83,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cpc_v2": {**_ADAM, "lr": 1e-4, "schedule": "constant", "backbone": "patches18", "batch": 64, "dim": 64,
                "hidden": 256},
 }  # fmt: skip
+VARIED: dict[str, list[dict[str, Any]]] = {  # the other choices on the five axes, one changed at a time
+    "yadim": [{"backbone": "resnet34"}, {"backbone": "amdim"}, {"extract": "00,11"}, {"extract": "01,02,11"},
+              {"extract": "0r"}, {"augment": "amdim"}, {"augment": "simclr"}],
+    "amdim": [{"backbone": "resnet18", "stem": "cifar"}, {"backbone": "resnet34", "stem": "cifar"},
+              {"extract": "00"}, {"extract": "00,11"}, {"extract": "0r"}],
+    "cpc_v2": [{"backbone": "patches34"}, {"norm": "layer"}, {"extract": "1,2,3,4,5,6"}, {"extract": "2"},
+               {"extract": "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6"}],
+}  # fmt: skip
+MADE = {  # method -> what else a composed one names, to be the same
+    "simclr": {"extract": "vector", "compare": "cosine", "loss": "info_nce"},
+    "amdim": {"extract": "01,02,11", "compare": "dot", "loss": "nce"},
+    "yadim": {"extract": "00", "compare": "dot", "loss": "nce"},
+}
 # The supervised network is trained from scratch as the paper trains its classifiers.
 DOWNSTREAM = {"lr": 0.05, "batch": 256, "weight_decay": 0.0, "schedule": "constant", "augment": "none"}
 GREY = ("mnist", "fashion_mnist", "mnist5k", "digits")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pytest import approx
 from torch import nn
 
-from sidae_lib import data, experiments, figures, frames, losses, networks, train
+from sidae_lib import data, diagrams, experiments, frames, losses, networks, train
 from sidae_lib.config import SidaeError
 from sidae_lib.step import lr_at
 
@@ -155,7 +155,7 @@ def test_a_long_run_keeps_the_rest_of_a_line_every_fifth_time(tmp_path):
     assert [e["epoch"] for e in epochs if "knn" in e] == [1, 21, 42, 63, 84, 102]
     assert sum(e.get("seconds", 0) for e in epochs) == approx(record["seconds"], abs=0.01)
     assert epochs[9]["images_per_second"] == approx(5 * 64 / epochs[9]["seconds"], rel=0.02)
-    assert len(figures.diagnose(record).axes[4].lines[0].get_xdata()) == 22
+    assert len(diagrams.diagnose(record).axes[4].lines[0].get_xdata()) == 22
 
 
 def test_a_set_without_labels_has_no_neighbours_to_count(tmp_path):
@@ -163,12 +163,12 @@ def test_a_set_without_labels_has_no_neighbours_to_count(tmp_path):
     split = replace(images.splits["train"], labels=None)
     record = trained(simsiam(epochs=2), tmp_path, replace(images, splits={"train": split}))
     assert "knn" not in record["untrained"] and not any("knn" in e for e in record["epochs"])
-    assert frames.findings(record) and len(figures.diagnose(record).axes[5].lines) == 0
+    assert frames.findings(record) and len(diagrams.diagnose(record).axes[5].lines) == 0
 
 
 def test_the_figure_shows_what_the_record_holds(tmp_path):
     record = trained(experiments.run("sidae", "digits", "smoke"), tmp_path)
-    axes = figures.diagnose(record).axes
+    axes = diagrams.diagnose(record).axes
     for title, column in (("spread", "z_std"), ("effective rank", "rank"), ("learning rate", "lr"), ("nearest", "knn")):
         (ax,) = (a for a in axes if a.get_title().startswith(title))
         assert ax.lines[0].get_ydata().tolist() == [e[column] for e in record["epochs"] if column in e]
@@ -182,4 +182,4 @@ def test_an_older_record_or_an_untrained_one_is_a_sentence(tmp_path):
     record = trained(experiments.run("untrained", "digits", "smoke"), tmp_path)
     for r in (record, {k: v for k, v in record.items() if k != "untrained"}):
         with pytest.raises(SidaeError, match="nothing to diagnose"):
-            figures.diagnose(r)
+            diagrams.diagnose(r)

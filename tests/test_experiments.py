@@ -1,10 +1,9 @@
 """What the figures ask for, and the figures themselves drawn again from nothing but their CSV."""
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from sidae_lib import claims, data, diagrams, experiments, figures, frames, own, paths, runs, scales, store
+from sidae_lib import data, diagrams, experiments, frames, own, runs, scales, store
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from tests.test_data import write_stl
 
@@ -96,24 +95,10 @@ def test_what_lies_below_the_untrained_network_is_said_with_its_cause(own_store)
     assert frames.below([], []) == []
 
 
-def test_a_readers_own_run_is_a_thin_line_over_the_published_ones(own_store):
-    evals = experiments.accuracy_vs_epochs("smoke", ["digits"], [0, 1, 2])[1]
-    records = [recorded(e, 50.0 + e.run.seed + e.epoch) for e in evals]
-    own = [r for r in records if r["config"]["run"].get("seed", 0) == 2]
-    table = frames.apart(records, own)
-    assert set(table["n"][~table["own"]]) == {2} and set(table["n"][table["own"]]) == {1}
-    ax = figures.accuracy_vs_epochs(table).axes[0]
-    thin = [line for line in ax.lines if line.get_linewidth() < 1]
-    assert {line.get_label() for line in thin} == {"your own run (thin)"} and len(thin) == 3
-    assert {tuple(line.get_ydata()) for line in thin} == {(53.0, 54.0)}  # seed 2 after epochs 1 and 2
-    whole = frames.apart(records, records)  # where nothing is published there is nothing to stand above
-    assert not whole["own"].any() and set(whole["n"]) == {3}
-
-
 def test_records_of_an_older_recipe_are_read_and_enter_no_figure():
     """The laptop runs of BYOL and DINO whose momentum ran a step ahead: found by their configs, asked for by no figure, not
     made again; today's run of the same fields is asked for instead."""
-    theirs = ("five_axes", "semantic_pairs")
+    theirs = ("five_axes", "semantic_pairs", "pairs_found")
     needs = [need for s in experiments.SCALES for need in experiments.needs(s, theirs).values()]
     asked = {c.key() for need in needs for part in need for c in part}
     found = [store.read(line) for (run, _), line in store.published().items() if run in RECIPE_1]
@@ -163,27 +148,6 @@ def test_a_pool_without_a_training_split_serves_the_untrained_network_too(own_st
     runs_, evals = scales.pretrained("pool", "smoke", 0, on=("digits",), split="unlabeled", methods=("untrained",))
     assert [r.split for r in runs_] == ["unlabeled"]
     assert runs.fetch_all(evals[:1], log=lambda _: None)[0]["data"]["name"] == "digits"
-
-
-@pytest.mark.parametrize("name, draw", [
-    ("accuracy_vs_epochs", figures.accuracy_vs_epochs), ("w_sweep", figures.w_sweep), ("tsne", figures.tsne),
-    ("fine_tuning", lambda table: figures.accuracy_vs_epochs(table, "finetune")),
-    ("datasets_table", figures.datasets_table), ("stl_transfer", figures.accuracy_vs_epochs)])
-def test_a_chart_is_drawn_again_from_its_csv(name, draw, trained):
-    evals = getattr(experiments, name)("smoke", [] if name == "stl_transfer" else ["digits"])[1]
-    if name == "tsne":
-        table = frames.points(runs.fetch_all(evals, log=lambda _: None))
-    else:
-        frame = frames.evaluations([recorded(e, 40 + 7.3 * n % 31) for n, e in enumerate(evals)])
-        table = frames.summary(frame[frame["kind"].isin(["finetune", "classifier"])] if name == "fine_tuning" else frame)
-        table = claims.beside_published(table) if name == "datasets_table" else table
-    figures.save(draw(table), name, "smoke", table)
-    first = {s: (paths.figures("smoke") / f"{name}.{s}").read_bytes() for s in ("png" if name == "tsne" else "svg", "csv")}
-    assert (paths.figures("smoke") / f"{name}.svg").exists() == (name != "tsne")  # a map's would hold the same pixels
-    again = pd.read_csv(paths.figures("smoke") / f"{name}.csv")
-    for _ in range(3):  # the layout's solver gives one of two answers that differ in the last bit
-        figures.save(draw(again), name, "smoke", again)
-        assert all((paths.figures("smoke") / f"{name}.{s}").read_bytes() == b for s, b in first.items())
 
 
 def test_neighbours_are_drawn_from_the_record_or_from_the_data(trained, monkeypatch):

@@ -99,7 +99,7 @@ def test_equal_and_opposite_images_lie_within_every_bound_of_a_cosine(tile, sign
 
 def test_the_one_recorded_list_that_had_lost_a_pair_is_asked_for_anew():
     """MoCo v2 of seed 2 before training: the views of images 4511 and 48661 are equal, and its first list has no such pair."""
-    asked = [e for e in experiments.semantic_pairs("laptop")[1] if e.kind == "pairs"]
+    asked = [e for e in experiments.pairs_found("laptop")[1] if e.kind == "pairs"]
     (anew,) = (e for e in asked if e.pair_recipe == 2)
     old = anew.replace(pair_recipe=1)
     assert old not in asked and (anew.run.seed, anew.epoch, anew.augment) == (2, 0, "simclr")
