@@ -36,7 +36,7 @@ def pytest_configure(config):
         folder = TemporaryDirectory(ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         os.environ |= {f"SIDAE_{name.upper()}": f"{folder.name}/{name}" for name in ("runs", "data", "figures")}
-        os.environ["TQDM_DISABLE"] = "1"
+        os.environ |= {"TQDM_DISABLE": "1", "SIDAE_STATIC": "1"}
         os.environ["MPLBACKEND"] = ""  # ipykernel chooses
 
 

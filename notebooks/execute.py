@@ -22,9 +22,11 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def line(file: str, symbol: str) -> int:
-    """Where a function or class, or a method of a class, begins. Raises ValueError where there is none."""
+    """Where a function or class, or a method of a class, begins; its module may be named before it. Raises ValueError
+    where there is none."""
     number, lines = 0, (HERE.parent / file).read_text().splitlines()
-    for name in symbol.split("."):
+    names = symbol.removeprefix(f"{Path(file).stem}.").split(".")
+    for name in names:
         begins = (n for n, text in enumerate(lines, 1) if n > number and re.match(rf"\s*(def|class) {name}\b", text))
         number = next(begins, 0)
         if not number:
@@ -63,7 +65,7 @@ def main(wanted: list[str]) -> None:
         nb = nbformat.read(path, as_version=4)
         with tempfile.TemporaryDirectory() as empty:
             os.environ |= {f"SIDAE_{n}": f"{empty}/{n.lower()}" for n in ("RUNS", "DATA")}
-            os.environ |= {"TQDM_DISABLE": "1", "PYTHONPATH": str(HERE.parent)}
+            os.environ |= {"TQDM_DISABLE": "1", "SIDAE_STATIC": "1", "PYTHONPATH": str(HERE.parent)}
             os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
             ExecutePreprocessor(timeout=600).preprocess(nb, {"metadata": {"path": str(HERE)}})
         tidy(nb)

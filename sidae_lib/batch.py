@@ -119,6 +119,7 @@ def _environment(args: argparse.Namespace) -> None:
         os.environ["SIDAE_RUNS"] = str(_writable(store))
         if args.scale != "quick" or args.seeds:  # else the seeds beside one's own are the published ones
             os.environ["SIDAE_RECORDS"] = str(_writable(store.with_name(f"{store.name}-no-records")))
+    os.environ["SIDAE_STATIC"] = "1"  # a page has no kernel that could answer a slider
     os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
 
 

@@ -246,6 +246,6 @@ def diagnose(record: dict[str, Any]) -> "Figure":
             ax.xaxis.get_major_locator().set_params(integer=True)
             if title in (titles["z"], titles["rank"]):
                 ax.set_ylim(0)  # where collapse is
-            ax.legend(fontsize=6)
+            ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the data
         fig.supxlabel(textwrap.fill(" ".join(sentences), 130), fontsize=7, ha="left", x=0.01)
     return fig

@@ -13,7 +13,19 @@ from . import data, methods, own, pairs, scales, store
 from .config import EvalConfig, RunConfig, SidaeError, typed
 from .methods import metric
 from .scales import (  # noqa: F401
-    MADE, PROBES, SCALES, SSL, VARIED, Needs, checkpoints, evaluation, hypotheses, rates, run, scale_of, weighted,
+    MADE,
+    PROBES,
+    SCALES,
+    SSL,
+    VARIED,
+    Needs,
+    checkpoints,
+    evaluation,
+    hypotheses,
+    rates,
+    run,
+    scale_of,
+    weighted,
 )  # fmt: skip
 
 Asked = Iterator[RunConfig | EvalConfig]

@@ -1,8 +1,9 @@
 """The style of the charts, which the notebooks draw: colours, panels and their stamps, saving, tables."""
 
 import io
+import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ CLASSES = ("#3F90DA", "#FFA90E", "#BD1F01", "#94A4A2", "#832DB6", "#A96B59", "#E
 INK = "#444444"  # zero lines, frames and what stands for all methods alike
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "axes.titleweight": "bold", "figure.labelsize": 8, "legend.frameon": False, "legend.fontsize": 7,
-         "svg.hashsalt": "sidae", "savefig.dpi": 200, "figure.dpi": 110}
+         "image.interpolation": "nearest", "svg.hashsalt": "sidae", "savefig.dpi": 200, "figure.dpi": 110}
 DASHES = {"untrained": (1, 1.5), "supervised": (4, 2)}  # as seaborn takes them; the others are solid
 
 
@@ -146,7 +147,7 @@ def place(ax: "Axes", x: float) -> "Axes":
 
 
 def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> None:
-    """figures/<scale>/<name>.{svg,png,csv}; the table holds the numbers that are drawn."""
+    """figures/<scale>/<name>.{svg,png,csv}; the table holds the numbers that are drawn. No SVG of pixels."""
     from matplotlib import rc_context
 
     png, svg, file = io.BytesIO(), io.BytesIO(), paths.figures(scale) / name
@@ -157,9 +158,12 @@ def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> None:
             ax.set_position([round(v, 6) for v in ax.get_position(original=True).bounds])
         fig.savefig(png, format="png")
         fig.savefig(svg, format="svg", metadata={"Date": None})
-    train.write(file.with_suffix(".csv"), table.drop(columns="right", errors="ignore").to_csv(index=False).encode())
+    numbers = table.drop(columns="right", errors="ignore").to_csv(index=False, float_format="%.6g")
+    train.write(file.with_suffix(".csv"), numbers.encode())
     train.write(file.with_suffix(".png"), small(png.getvalue()))
-    if not any(c.get_rasterized() for ax in fig.axes for c in ax.collections):  # a map's has the same pixels
+    pixels = [c for ax in fig.axes for c in ax.collections if c.get_rasterized()]
+    pixels += [i for ax in fig.axes for i in ax.images if np.ndim(i.get_array()) == 3]
+    if not pixels:  # a map's or a photograph's would be no sharper
         train.write(file.with_suffix(".svg"), svg.getvalue())
 
 
@@ -199,3 +203,13 @@ def say(*lines: str) -> "Markdown":
     from IPython.display import Markdown
 
     return Markdown("\n".join(line if line.startswith("- ") else f"- {line}" for line in lines))
+
+
+def touch(**choices: Any) -> Callable[[Callable], Callable]:
+    """`ipywidgets.interact` of the function below it, for someone who can touch; what only replays (SIDAE_STATIC) has
+    the static figure beside it."""
+    if os.environ.get("SIDAE_STATIC"):
+        return lambda draw: draw
+    from ipywidgets import interact
+
+    return interact(**choices)

@@ -42,7 +42,7 @@ def replay(number: str, **changes: Any) -> Replay:
 
     with TemporaryDirectory() as folder, mock.patch.object(figures, "save", kept):
         places = {f"SIDAE_{n.upper()}": f"{folder}/{n}" for n in ("runs", "data", "figures")}
-        with mock.patch.dict(os.environ, places | {"TQDM_DISABLE": "1"}):
+        with mock.patch.dict(os.environ, places | {"TQDM_DISABLE": "1", "SIDAE_STATIC": "1"}):
             os.environ.pop("SIDAE_RECORDS", None)
             for cell in cells(path):
                 exec(compile(cell.source, f"{path.name} {cell.id}", "exec"), scope)  # noqa: S102

@@ -12,6 +12,7 @@ import re
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import papermill
 import pytest
@@ -100,6 +101,7 @@ def test_it_trains_what_it_shows_at_smoke_scale(path, session, monkeypatch):
     for name in ("runs", "records", "figures", "data"):
         monkeypatch.setenv(f"SIDAE_{name.upper()}", str(folder / name))
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("SIDAE_STATIC", "1")
     monkeypatch.delenv("MPLBACKEND")  # ipykernel chooses
     out = folder / path.name
     folder.mkdir(exist_ok=True)
@@ -111,3 +113,35 @@ def test_it_trains_what_it_shows_at_smoke_scale(path, session, monkeypatch):
     there = {p.stem for p in (folder / "figures" / "smoke").glob("*.png")}
     assert any(o.get("data", {}).get("image/png") for c in executed for o in c.outputs) and saved & there
     assert os.path.isdir(folder / "runs")
+
+
+def test_the_reports_chart_shows_our_means():
+    """Notebook 07's marks and lines, where numbers, errors and the report's own numbers are told apart."""
+    shown = replay("07").scope
+    views = list(shown["VIEWS"])
+    own = pd.DataFrame({"augment": [views[2], views[0]], "mean": [60.0, 50.0], "se": [1.0, 2.0], "published": [70, 80]})
+    ax = plt.figure().subplots()
+    shown["dots"](ax, own, "o", "", 0.1)
+    shown["line"](ax, own, "", "--", 0.0)
+    marks, level = ax.lines
+    assert marks.get_xydata().tolist() == [[2.1, 60], [0.1, 50]] and level.get_ydata()[0] == 60
+    assert [bar.tolist() for bar in ax.containers[0][2][0].get_segments()] == [[[2.1, 59], [2.1, 61]], [[0.1, 48], [0.1, 52]]]
+
+
+def test_what_a_histogram_draws_adds_up_to_its_pairs():
+    """Notebook 07: the heights of the bars that are drawn, read back from their outline."""
+    drawn = replay("07")
+    hist = pd.read_csv(io.StringIO(drawn.tables["pairwise_vs_triplet_pairs"]))
+    for _, rows in hist.groupby("panel"):
+        ax = plt.figure().subplots()
+        drawn.scope["steps"](ax, rows)
+        plt.close(ax.figure)
+        assert sorted(patch.get_label() for patch in ax.patches) == ["different class", "same class"]
+        for patch in ax.patches:
+            own = rows[rows["classes"] == patch.get_label()]
+            heights = [patch.get_path().vertices[patch.get_path().vertices[:, 0] == x, 1].max() for x in own["to"]]
+            values, edges, _ = patch.get_data()
+            assert sum(values) == pytest.approx(1) and edges.tolist() == [own["from"].iloc[0], *own["to"]]
+            assert heights[-1] == pytest.approx(own["share"].iloc[-1])  # the last bar reaches the last edge
+    last = hist[hist["panel"].str.contains("MNIST pairwise: cosine", regex=False)].groupby("classes")["share"].last()
+    assert last.round(2).to_dict() == {"different class": 0.69, "same class": 0.79}

@@ -120,7 +120,7 @@ def test_validation_compares_all_but_what_is_trained_inline_or_is_a_widget(path)
     for cell in cells(path):
         if "NBVAL" in cell.source:
             assert cell.source.startswith("# NBVAL_IGNORE_OUTPUT\n")
-            assert path.stem[:2] in ("00", "09", "10") or "@widgets.interact" in cell.source
+            assert path.stem[:2] in ("00", "09", "10") or "@figures.touch" in cell.source
 
 
 @each
