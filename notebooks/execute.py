@@ -6,6 +6,7 @@ Links to the code get the line where it stands now.
 """
 
 import base64
+import io
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
+from PIL import Image
 
 from sidae_lib import figures
 
@@ -39,6 +41,15 @@ def linked(text: str) -> str:
     return re.sub(r"(\[`([\w.]+)`\]\(\.\./([\w/]+\.py))#L\d+", lambda m: f"{m[1]}#L{line(m[3], m[2])}", text)
 
 
+def smaller(png: bytes) -> bytes:
+    """A chart in few colours; a photograph, which would lose by it, in 256 that are mixed dot by dot."""
+    if len(png := figures.small(png)) > 80_000:
+        few = Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+        few.save(out := io.BytesIO(), "PNG", optimize=True)
+        png = min(png, out.getvalue(), key=len)
+    return png
+
+
 def tidy(nb: nbformat.NotebookNode) -> None:
     """What differs from run to run goes, charts get small; what one cell printed in pieces becomes one output."""
     nb.metadata.pop("widgets", None)
@@ -49,7 +60,7 @@ def tidy(nb: nbformat.NotebookNode) -> None:
             if WIDGET in out.get("data", {}):
                 continue
             if "image/png" in (data := out.get("data", {})):
-                data["image/png"] = base64.b64encode(figures.small(base64.b64decode(data["image/png"]))).decode() + "\n"
+                data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode() + "\n"
             if joined and out.output_type == "stream" == joined[-1].output_type and out.name == joined[-1].name:
                 joined[-1].text += out.text
             else:

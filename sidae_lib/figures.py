@@ -27,7 +27,8 @@ CLASSES = ("#3F90DA", "#FFA90E", "#BD1F01", "#94A4A2", "#832DB6", "#A96B59", "#E
 INK = "#444444"  # zero lines, frames and what stands for all methods alike
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "axes.titleweight": "bold", "figure.labelsize": 8, "legend.frameon": False, "legend.fontsize": 7,
-         "image.interpolation": "nearest", "svg.hashsalt": "sidae", "savefig.dpi": 200, "figure.dpi": 110}
+         "image.interpolation": "nearest", "svg.hashsalt": "sidae", "svg.fonttype": "none", "savefig.dpi": 160,
+         "figure.dpi": 110}
 DASHES = {"untrained": (1, 1.5), "supervised": (4, 2)}  # as seaborn takes them; the others are solid
 
 

@@ -24,7 +24,8 @@ def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> Record:
 
     x: (N, F) test features, of which `config.points` are taken, the same for every network.  bank: (M, F) training features.
     Two maps, t-SNE and PCA, with xy in [-1, 1] and their trustworthiness (Venna & Kaski 2001; 1: every neighbour on the map
-    is one in feature space). `neighbours`: the five nearest training images by cosine of the first six points.
+    is one in feature space). `neighbours`: the five nearest training images by cosine of the first six points,
+    which lie evenly in the test split.
     Perplexity is cut to a third of the other points, and trustworthiness's five neighbours to below half of the points;
     `cut` says so. Points that are all alike make a map of one place without trustworthiness (None).
     """
@@ -32,6 +33,8 @@ def picture(config: EvalConfig, x: Tensor, bank: Tensor) -> Record:
     from sklearn.manifold import TSNE, trustworthiness
 
     taken = subset(len(x), count=min(config.points, len(x)), seed=config.label_seed)
+    ahead = torch.linspace(0, len(taken) - 1, min(6, len(taken))).long()  # of many classes where a set is sorted by class
+    taken = torch.cat([taken[ahead], taken[~torch.isin(torch.arange(len(taken)), ahead)]])
     (x, bank), n = networks.wide(x, bank), len(taken)
     z = x[taken.to(x.device)].cpu().numpy()
     perplexity = config.perplexity if config.perplexity < n else round((n - 1) / 3, 4)
