@@ -84,6 +84,8 @@ def _parameters(args: argparse.Namespace, notebooks: list[Path]) -> dict[Path, d
     common: dict[str, Any] = {"scale": args.scale, "device": args.device}
     if args.seeds is not None:
         common["seeds"] = list(range(args.seeds))
+    elif args.scale != "smoke":
+        common["seeds"] = []  # the scale's own
     if args.minutes is not None:
         common["minutes"] = args.minutes
     declared = {nb: papermill.inspect_notebook(nb) for nb in notebooks}

@@ -91,11 +91,12 @@ def verdict(board: pd.DataFrame) -> str:
     not all are. Cases below three seeds do not count."""
     said: dict[str, list[str]] = {}
     for c in claims(board).to_dict("records"):
-        what, _, of = c["verdict"].partition(" in ")
-        part = f" ({of.removesuffix(' cases')})" if of else f" ({c['verdict']})" if "mixed" in what else ""
+        what, _, of = re.sub(r"[:(].*", "", c["verdict"]).strip().partition(" in ")
+        part = f" ({of.removesuffix(' cases')})" if of else f" ({c['verdict']})" if what == "mixed" else ""
         words = re.sub(r" \([^)]*\)$", "", c["statement"])
-        said.setdefault(what.partition(":")[0].partition(" (")[0], []).append(words + part)
-    return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in (*VERDICTS, "mixed") if what in said)
+        said.setdefault(f"{what} in part" if of else what, []).append(words + part)
+    order = (f"{verdict}{part}" for verdict in (*VERDICTS, "mixed") for part in ("", " in part"))
+    return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in order if what in said)
 
 
 def _judged(rows: Sequence[Any], read: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:

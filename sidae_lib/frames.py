@@ -204,10 +204,12 @@ def percent(share: float) -> str:
 
 
 def told(d: differences.Difference) -> str:
-    """In words: "+2.50 points (95 % interval +1.20 to +3.80, n = 3): above", "below" or "not told apart"."""
+    """In words: "+2.50 points (95 % interval +1.20 to +3.80, n = 3): above", "below" or "not told apart"; of fewer
+    than three seeds "not judged"."""
     mean, low, high = d.interval()
     span = f"95 % interval {low:+.2f} to {high:+.2f}" if len(d) > 1 else "no interval from one seed"
-    said = {"supported": "above", "contradicted": "below"}.get(d.verdict(), "not told apart")
+    otherwise = "not told apart" if len(d) >= differences.SEEDS else "not judged, too few seeds"
+    said = {"supported": "above", "contradicted": "below"}.get(d.verdict(), otherwise)
     return f"{mean:+.2f} points ({span}, n = {len(d)}): {said}"
 
 

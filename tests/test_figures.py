@@ -308,7 +308,7 @@ def test_what_pairs_add_holds_the_test_images():
     ([2.0, 2.1, 1.9], 0.0, "+2.00 points (95 % interval +1.75 to +2.25, n = 3): above"),
     ([2.0, 2.1, 1.9], 2.0, "+2.00 points (95 % interval -1.93 to +5.93, n = 3): not told apart"),
     ([-2.0, -2.1, -1.9], 0.0, "-2.00 points (95 % interval -2.25 to -1.75, n = 3): below"),
-    ([9.0], 0.0, "+9.00 points (no interval from one seed, n = 1): not told apart"),
+    ([9.0], 0.0, "+9.00 points (no interval from one seed, n = 1): not judged, too few seeds"),
 ])  # fmt: skip
 def test_a_difference_in_words(seeds, images, says):
     assert frames.told(differences.Difference(pd.Series(seeds), images)) == says
