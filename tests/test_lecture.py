@@ -145,7 +145,7 @@ def test_what_a_histogram_draws_adds_up_to_its_pairs():
             values, edges, _ = patch.get_data()
             assert sum(values) == pytest.approx(1) and edges.tolist() == [own["from"].iloc[0], *own["to"]]
             assert heights[-1] == pytest.approx(own["share"].iloc[-1])  # the last bar reaches the last edge
-    last = hist[hist["panel"].str.contains("^MNIST.pairwise: cosine")].groupby("classes")["share"].last()
+    last = hist[hist["panel"].str.contains(r"^MNIST\spairwise: cosine")].groupby("classes")["share"].last()
     assert last.round(2).to_dict() == {"different class": 0.69, "same class": 0.79}
 
 
