@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ CLASSES = ("#3F90DA", "#FFA90E", "#BD1F01", "#94A4A2", "#832DB6", "#A96B59", "#E
 INK = "#444444"  # zero lines, frames and what stands for all methods alike
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "axes.titleweight": "bold", "figure.labelsize": 8, "legend.frameon": False, "legend.fontsize": 7,
-         "image.interpolation": "nearest", "svg.hashsalt": "sidae", "svg.fonttype": "none", "savefig.dpi": 160,
+         "image.interpolation": "nearest", "svg.hashsalt": "sidae", "svg.fonttype": "none", "savefig.dpi": 144,
          "figure.dpi": 110}
 DASHES = {"untrained": (1, 1.5), "supervised": (4, 2)}  # as seaborn takes them; the others are solid
 
@@ -165,7 +166,7 @@ def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> None:
     pixels = [c for ax in fig.axes for c in ax.collections if c.get_rasterized()]
     pixels += [i for ax in fig.axes for i in ax.images if np.ndim(i.get_array()) == 3]
     if not pixels:  # a map's or a photograph's would be no sharper
-        train.write(file.with_suffix(".svg"), svg.getvalue())
+        train.write(file.with_suffix(".svg"), re.sub(rb"(\.\d\d)\d+", rb"\1", svg.getvalue()))  # 1/7200 inch is enough
 
 
 def small(png: bytes) -> bytes:
