@@ -139,29 +139,6 @@ def probes(table: pd.DataFrame) -> pd.DataFrame:
     return last.assign(method=names).pivot_table("mean", by, "kind", sort=False).round(1)
 
 
-def reach(table: pd.DataFrame) -> str:
-    """How far the curves of unfinished runs have come: "to epoch 75 of 200, n = 2"."""
-    said: dict[str, list[str]] = {}
-    for (method, w), line in table[table["of"] > 0].groupby(["method", "w"], sort=False):
-        far = line[line["n"] == line["n"].max()].sort_values("epoch").iloc[-1]
-        words = f"to epoch {far['epoch']} of {far['of']}, n = {far['n']}" if far["epoch"] < far["of"] else ""
-        said.setdefault(words, []).append(variant(method, w))
-    if len(said) == 1:
-        return next(iter(said))
-    return "; ".join(f"{', '.join(names)} {words}" for words, names in said.items() if words)
-
-
-def gain(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy less the untrained network's by the same probe and labels, first and last checkpoint."""
-    by = ["display", "labels", "kind", "seed"]
-    floor = frame[frame["method"] == "untrained"].set_index(by)["accuracy"].rename("floor")
-    own = frame[frame["method"].isin(methods.MARKERS)].join(floor, on=by, how="inner")
-    own["gain"] = own["accuracy"] - own["floor"]
-    first = own.groupby(["display", "method"])["epoch"].transform("min")
-    ends = own[(own["epoch"] == first) | (own["epoch"] == own["of"])]
-    return ends.pivot_table("gain", ["display", "labels", "method", "epoch"], "kind", sort=False).round(1)
-
-
 def order(cases: Mapping[str, Records]) -> pd.DataFrame:
     """Mean accuracies per change of `experiments.hypotheses` and share of labels, and SidAE less the better
     of the other two, paired by seed, with its 95 % interval."""
@@ -230,18 +207,6 @@ def pair_gains(records: Records, base: str = "none") -> pd.DataFrame:
         if len(less := differences.between(part, same)):
             rows.append((*key, *less.interval(), len(less), distinct(part["hardware"])))
     return pd.DataFrame(rows, columns=[*by, "gain", "low", "high", "n", "hardware"])
-
-
-def pair_answer(records: Records, method: str = "sidae", kind: str = "logistic") -> str:
-    """Do semantic pairs help, by how much, and is it the semantics or the extra data?"""
-    frame = differences.where(_with_pairs(records), {"method": method, "kind": kind})
-    last, one = frame[frame["epoch"] == frame["of"]], ["display", "labels", "of", "count"]
-    last = last[(last[one] == last.groupby("pairs")[one].transform("first")).all(axis=1)]  # several: the first
-    said = []
-    for pairs, base in zip(("mined", "oracle", "random", "wrong", "mined"), ("none",) * 4 + ("random",)):
-        less = differences.difference(last, {"pairs": pairs}, {"pairs": base})
-        said.append(f"{pairs} pairs less {base}: {told(less)}")
-    return f"{methods.NAMES[method]}, {PROBES[kind]}: {'; '.join(said)}."
 
 
 def pair_table(pairs: Records, rivals: Records) -> pd.DataFrame:

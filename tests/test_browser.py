@@ -162,19 +162,28 @@ def test_every_notebook_opens_whole(path, notebook):
 
 
 def test_run_all_change_run_again(notebook):
-    """The figure of notebook 01 appears, and is another one after a parameter was changed."""
+    """The figure of notebook 01 appears, and is another one after a parameter was changed; its menus change a picture."""
     nb = notebook("01_accuracy_vs_epochs.ipynb")
+    nb.edit("scale: str", 'scale: str = "smoke"')
     nb.edit("datasets: list", 'datasets: list = ["digits"]')
-    last, figure = nb.cell('"accuracy_vs_epochs", scale').locator(".jp-InputPrompt"), []
+    saved = '"accuracy_vs_epochs", scale, frames.summary'
+    last, figure = nb.cell(saved).locator(".jp-InputPrompt"), []
     for seed in (0, 7):
         nb.edit("seeds: list", f"seeds: list = [{seed}]")
         nb.menu("Edit", "Clear Outputs of All Cells")
         nb.menu("Run", "Run All Cells")
-        cell = nb.cell('"accuracy_vs_epochs", scale')
+        cell = nb.cell(saved)
         cell.locator(".jp-OutputArea img").wait_for(timeout=180_000)
         figure.append(cell.locator(".jp-OutputArea img").get_attribute("src"))
         nb.finished(nb.page.locator(".jp-Notebook .jp-CodeCell").last, 180_000)
         assert nb.page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.error']").count() == 0
+    touched = nb.cell("@figures.touch")
+    touched.locator("select").last.scroll_into_view_if_needed()
+    before = touched.locator("img").get_attribute("src")
+    touched.locator("select").last.select_option(index=1)
+    nb.page.wait_for_function("([e, was]) => e.isConnected && e.querySelector('img') && e.querySelector('img').src != was",
+                              arg=[touched.element_handle(), before], timeout=60_000)  # fmt: skip
+    nb.screenshot("touched")
     last.scroll_into_view_if_needed()
     nb.screenshot("changed_figure")
     assert figure[0].startswith("data:image/png") and figure[0] != figure[1]
