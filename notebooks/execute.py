@@ -2,7 +2,7 @@
 
 Scale `recorded`, an empty store beside the published records, no data, no progress bars and no times of day; what a cell
 printed in pieces becomes one output, and what only a running notebook can show, a widget, is left out.
-Links to the code get the line where it stands now.
+Links to the code get the line where it stands now; with --links nothing else happens.
 """
 
 import base64
@@ -70,18 +70,23 @@ def tidy(nb: nbformat.NotebookNode) -> None:
 
 
 def main(wanted: list[str]) -> None:
+    relink = "--links" in wanted  # after a change of the library: nothing is executed
+    wanted = [name for name in wanted if name != "--links"]
     for path in sorted(HERE.glob("*.ipynb")):
         if wanted and not {path.stem, *path.stem.split("_", 1)} & {*wanted}:
             continue
         nb = nbformat.read(path, as_version=4)
+        for cell in nb.cells:
+            cell.source = linked(cell.source) if cell.cell_type == "markdown" else cell.source
+        if relink:
+            nbformat.write(nb, path)
+            continue
         with tempfile.TemporaryDirectory() as empty:
             os.environ |= {f"SIDAE_{n}": f"{empty}/{n.lower()}" for n in ("RUNS", "DATA")}
             os.environ |= {"TQDM_DISABLE": "1", "SIDAE_STATIC": "1", "PYTHONPATH": str(HERE.parent)}
             os.environ.pop("MPLBACKEND", None)  # so that ipykernel shows figures in the notebook
             ExecutePreprocessor(timeout=600).preprocess(nb, {"metadata": {"path": str(HERE)}})
         tidy(nb)
-        for cell in nb.cells:
-            cell.source = linked(cell.source) if cell.cell_type == "markdown" else cell.source
         nbformat.write(nb, path)
         print(path.name)
 

@@ -95,7 +95,8 @@ def test_links_to_the_code_lead_to_its_line(path):
     assert links, "no link to the code"
     for symbol, file, line in links:
         source = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"\s*(def|class) {symbol.split('.')[-1]}\b", source), (symbol, file, line, source)
+        assert re.match(rf"\s*(def|class) {symbol.split('.')[-1]}\b", source), (
+            f"{symbol} is not at {file}#L{line}; run `python notebooks/execute.py --links`")
 
 
 @each
