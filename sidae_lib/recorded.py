@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from . import claims, data, experiments, paths, runs, store
-from .config import EvalConfig, Record, RunConfig, SidaeError
+from .config import EvalConfig, Record, RunConfig, SidaeError, typed
 
 BEST = "recorded"  # beside the names of scales: the largest of them on record, for each set of images
 SCALES = ("paper", "laptop", "quick")  # in the order they are looked for; quick alone where nothing larger is
@@ -31,6 +31,8 @@ def fetch(figure: str, scale: str = BEST, datasets: Sequence[str] = (), seeds: S
     """
     if scale == BEST:
         return best(figure, datasets, seeds, **more)
+    if scale not in experiments.SCALES:
+        raise SidaeError(f"Unknown scale {scale!r}; choose from {BEST}, {', '.join(experiments.SCALES)}.")
     asked: list[store.Config] = []
     while store.missing(wanted := _needs(figure, scale, datasets, seeds, **more)) or not asked:
         if asked == wanted:
@@ -59,11 +61,12 @@ def best(figure: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), *
     no scale has so many of, the next number."""
     trained, evals, taken = list[Record](), list[Record](), set[tuple]()
     places = str(paths.runs()), str(paths.records())
+    sets, drawn = tuple(typed("datasets", datasets, list)), tuple(typed("seeds", seeds, list))
     given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in more.items())
     for few, scale in [*product(least, SCALES[:2]), *product(least, SCALES[2:])]:
         if scale == "quick" and taken:
             break
-        for panel, configs in _panels(figure, scale, tuple(datasets), tuple(seeds), given, places):
+        for panel, configs in _panels(figure, scale, sets, drawn, given, places):
             if panel not in taken and (kept := _reached(configs, few)):
                 taken.add(panel)
                 for whole, part in zip((trained, evals), _parted(kept, scale)):

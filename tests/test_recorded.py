@@ -38,6 +38,16 @@ def test_nothing_on_record_is_a_sentence(own_store):
         recorded.fetch("accuracy_vs_epochs")
 
 
+def test_one_set_is_a_list_of_one_and_a_wrong_scale_a_sentence(monkeypatch):
+    monkeypatch.setenv("SIDAE_RECORDS", str(paths.ROOT / "records"))
+    one, same = (recorded.fetch("accuracy_vs_epochs", datasets=d, seeds=s)[1] for d, s in (("mnist", 0), (["mnist"], [0])))
+    assert one == same and {r["data"]["name"] for r in one} == {"mnist"}
+    with pytest.raises(SidaeError, match="Unknown scale 'best'; choose from recorded, smoke, quick, laptop, paper."):
+        recorded.fetch("tsne", "best")
+    with pytest.raises(SidaeError, match="seeds must be int or a list of them, not '1'."):
+        recorded.fetch("tsne", seeds="1")
+
+
 def test_a_panel_is_of_the_paper_once_every_method_has_come_to_epoch_25(asked):
     keep(seeds(asked["laptop"], 0, 1, 2))
     assert {s for s, *_ in shown()} == {"laptop"}
