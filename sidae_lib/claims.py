@@ -95,7 +95,7 @@ def verdict(board: pd.DataFrame) -> str:
         part = f" ({of.removesuffix(' cases')})" if of else f" ({c['verdict']})" if what == "mixed" else ""
         words = re.sub(r" \([^)]*\)$", "", c["statement"])
         said.setdefault(f"{what} in part" if of else what, []).append(words + part)
-    order = (f"{verdict}{part}" for verdict in (*VERDICTS, "mixed") for part in ("", " in part"))
+    order = (word + part for word in (*VERDICTS, "mixed") for part in ("", " in part"))
     return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in order if what in said)
 
 

@@ -359,8 +359,8 @@ def your_own_images(scale: str, datasets: list[str], seeds: list[int], plan: own
 
 @_figure
 def report_confounds(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
-    """The report's confounds undone one by one on its best augmentation, by the fixed protocol; and the runs
-    as published."""
+    """The report's confounds undone one by one, with SimCLR's augmentation and by the fixed protocol; and the
+    runs with nothing undone."""
     for _, dataset, _, seed in _reported(scale, datasets, seeds, ("fixed",)):
         last = _scenarios(scale, dataset, seed, PROTOCOLS["fixed"][0])[4:6]
         undone = [r.replace(**change[r.method]) for change in metric.CONFOUNDS.values() for r in last

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from . import claims, data, experiments, paths, runs, store
-from .config import EvalConfig, Record, RunConfig, SidaeError, typed
+from .config import EvalConfig, Record, SidaeError, typed
 
 BEST = "recorded"  # beside the names of scales: the largest of them on record, for each set of images
 SCALES = ("paper", "laptop", "quick")  # in the order they are looked for; quick alone where nothing larger is
@@ -33,12 +33,9 @@ def fetch(figure: str, scale: str = BEST, datasets: Sequence[str] = (), seeds: S
         return best(figure, datasets, seeds, **more)
     if scale not in experiments.SCALES:
         raise SidaeError(f"Unknown scale {scale!r}; choose from {BEST}, {', '.join(experiments.SCALES)}.")
-    asked: list[store.Config] = []
-    while store.missing(wanted := _needs(figure, scale, datasets, seeds, **more)) or not asked:
-        if asked == wanted:
-            break
-        asked = wanted  # what else there is to ask for may depend on it, as fine-tuning on the w that is chosen
-        runs.fetch_all(wanted, device=device, minutes=minutes or None)
+    runs.fetch_all(_needs(figure, scale, datasets, seeds, **more), device=device, minutes=minutes or None)
+    while store.missing(wanted := _needs(figure, scale, datasets, seeds, **more)):  # fine-tuning asks for the w
+        runs.fetch_all(wanted, device=device, minutes=minutes or None)  # that the sweep, now recorded, chooses
     return _parted(wanted, scale)
 
 
@@ -85,10 +82,12 @@ def _panels(figure: str, scale: str, datasets: tuple, seeds: tuple, more: tuple,
     with suppress(SidaeError), warnings.catch_warnings(action="ignore"), data.as_published():
         wanted = _needs(figure, scale, datasets, seeds, **dict(more))
     panels = defaultdict[tuple, list[store.Config]](list)
-    evaluated = {c.run: (c.run.data, c.data or c.run.data) for c in reversed(wanted) if isinstance(c, EvalConfig)}
+    place: dict[store.Config, tuple] = {}
+    for c in reversed(wanted):  # a run belongs to the first panel that evaluates it
+        if isinstance(c, EvalConfig):
+            place[c] = place[c.run] = c.run.data, c.data or c.run.data
     for c in wanted:
-        own = (c.run.data, c.data or c.run.data) if isinstance(c, EvalConfig) else (c.data, c.data)
-        panels[evaluated.get(c, own) if isinstance(c, RunConfig) else own].append(c)
+        panels[place.get(c, (store.run_of(c).data,) * 2)].append(c)
     return list(panels.items())
 
 

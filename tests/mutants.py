@@ -161,7 +161,7 @@ MUTANTS = [Mutant(*m) for m in (
     ("notebooks.column", "notebooks/07_pairwise_vs_triplet.ipynb",
      'ax.errorbar(at, own[\\"mean\\"], own[\\"se\\"]', 'ax.errorbar(at, own[\\"published\\"], own[\\"se\\"]',
      "tests/test_lecture.py::test_the_reports_chart_shows_our_means"),
-    # one record of the published ones counts for every scale
+    # a panel shows laptop scale where the paper's is on record
     ("notebooks.largest", "sidae_lib/recorded.py",
      'SCALES = ("paper", "laptop", "quick")', 'SCALES = ("laptop", "paper", "quick")', "tests/test_recorded.py"),
 )]  # fmt: skip
