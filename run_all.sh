@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes the environment once, then runs the notebooks, the tests or JupyterLab: ./run_all.sh --help.
+# Makes the environment once, then runs the notebooks, the tests, JupyterLab or builds the book: ./run_all.sh --help.
 set -eo pipefail
 unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 VENV=$ROOT/.venv
+BOOK=(myst_nb sphinx_book_theme sphinx-mathjax-offline)
 SECONDS=0
 
 fail() { # fail CODE SENTENCE
@@ -117,7 +118,7 @@ active() { # active MODULE...: prints the interpreter of an active environment t
 }
 
 run_notebooks() {
-    local python said modules=(papermill nbconvert ipykernel ipywidgets)
+    local python said modules=(papermill ipykernel ipywidgets "${BOOK[@]}")
     python=$(active "${modules[@]}") || { is_whole && python=$VENV/bin/python; } || python=$(find_python) || exit
     said=$(PYTHONPATH=$ROOT "$python" -P -m sidae_lib notebooks --look "$@") || exit # before an environment is made
     if [ -n "$said" ]; then echo "$said" && exit; fi # it is the help
@@ -143,7 +144,7 @@ stage() { # stage NAME COMMAND...: says when it begins and ends, and how long it
 
 run_tests() {
     local code=0 pytest scratch arg args=()
-    stage environment use_environment papermill nbconvert ipykernel pytest xdist nbval hypothesis scipy
+    stage environment use_environment papermill ipykernel pytest xdist nbval hypothesis scipy "${BOOK[@]}"
     for arg in "$@"; do # a file is the caller's where it is one
         case $arg in *.py* | *.ipynb*) [ ! -e "./${arg%%::*}" ] || arg=$PWD/$arg ;; esac
         args+=("$arg")
@@ -167,6 +168,10 @@ run_tests() {
 
 case $1 in
     test) run_tests "${@:2}" ;;
+    book)
+        use_environment papermill ipykernel "${BOOK[@]}"
+        exec "$PYTHON" -P -m sidae_lib book "${@:2}"
+        ;;
     lab)
         use_environment jupyterlab ipywidgets
         exec "$PYTHON" -m jupyterlab "${@:2}" "$ROOT/notebooks"

@@ -5,10 +5,12 @@ import importlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import nbformat
+from sphinx.application import Sphinx
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -16,8 +18,6 @@ SCALE = os.environ.get("SIDAE_BOOK", "recorded")  # whose run the chapters show,
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 project = "SidAE, reproduced"
-author = "the authors of the companion"
-copyright = "the authors of the companion; the papers are their authors'"
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
@@ -25,6 +25,8 @@ exclude_patterns = ["_build"]
 # Nothing is executed, and a page asks no network for anything: mathematics comes from a file of the book.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_ipywidgets_js = {}
 [mathjax] = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations
 mathjax_path = "tex-svg.js"
@@ -33,16 +35,23 @@ html_static_path = ["_static", f"{mathjax}/static/mathjax/tex-svg.js"]
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 default_role = "code"  # a docstring's single backticks
+autodoc_default_options = {"members": True, "undoc-members": True}
+autodoc_inherit_docstrings = False  # torch's say what any module is
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 
 html_theme = "sphinx_book_theme"
 html_title = project
 html_css_files = ["book.css"]
 html_js_files = ["sort.js"]
+html_show_copyright = False
 html_show_sourcelink = False
 html_show_search_summary = False  # a page that is opened as a file may not read the others
-html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_fullscreen_button": False}
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
+html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_fullscreen_button": False,
+                      "navbar_persistent": [],  # the sidebar has the search
+                      "footer_content_items": ["extra-footer"], "extra_footer": "Code: MIT licence. Papers and image sets keep their own."}  # fmt: skip
 
 
 # --- chapters: the notebooks, or of a run those that it executed --------------------------------------------------
@@ -70,17 +79,38 @@ def linked(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\(\.\./(sidae_lib/[\w/]+\.py)#L(\d+)\)", to, text)
 
 
+def joined(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Cells for reading: code that shows nothing joins the code after it, and all but parameters is folded."""
+    out: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        before = out[-1] if out else None
+        if cell.cell_type == "code" and not {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", ())}:
+            cell.source = cell.source.removeprefix("# NBVAL_IGNORE_OUTPUT\n")
+            if before and before.metadata.get("tags") == ["hide-input"] and not before.outputs:
+                cell.source = f"{out.pop().source}\n\n{cell.source}"
+            cell.metadata["tags"] = ["hide-input"]
+        out.append(cell)
+    return out
+
+
+def shown(committed: Path) -> Path:
+    """A notebook, or what the run at SCALE made of it: as long as the notebook is not newer."""
+    executed = ROOT / "executed" / SCALE / committed.name
+    return executed if executed.exists() and executed.stat().st_mtime > committed.stat().st_mtime else committed
+
+
 def chapter(committed: Path) -> nbformat.NotebookNode:
     """A notebook as the book shows it."""
-    executed = ROOT / "executed" / SCALE / committed.name
-    nb = nbformat.read(executed if executed.exists() else committed, as_version=4)
+    nb = nbformat.read(shown(committed), as_version=4)
+    nb.cells = joined(nb.cells)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = linked(cell.source)
         elif alt := cell.metadata.get("alt"):
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if SCALE != "recorded":
-        said = f"Your run at scale {SCALE}." if executed.exists() else f"Not run at scale {SCALE} here: the best on record."
+        own = shown(committed) != committed
+        said = f"Your run at scale {SCALE}." if own else f"Not run at scale {SCALE} here: the best on record."
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{note}}\n{said}\n:::", id="which-run"))
     return nb
 
@@ -104,3 +134,12 @@ myst_substitutions = {"scale": SCALE}
 for file in sorted(HERE.glob("*.py")):
     if file.name != "conf.py":
         myst_substitutions |= importlib.import_module(file.stem).made(SCALE)
+
+
+def setup(app: Sphinx) -> None:
+    """What the button for downloads gives is the notebook itself, not the form in which it is read here."""
+    def finish(app: Sphinx, failure: Exception | None) -> None:
+        for notebook in notebooks if not failure else ():
+            shutil.copy(shown(notebook), app.outdir / "_sources" / "chapters" / notebook.name)
+
+    app.connect("build-finished", finish)

@@ -31,6 +31,9 @@ RUN_ALL = """./run_all.sh [smoke|quick|laptop|paper|recorded] [OPTIONS]
            run the notebooks into executed/<scale> and figures/<scale>;
            the default is quick, ten minutes without a download;
            recorded trains nothing: the best on record, in seconds
+       ./run_all.sh book [SCALE]
+           build the book from the notebooks, and from what a run at SCALE
+           has executed; nothing is run
        ./run_all.sh test [--all] [PYTEST ARGUMENTS]
            run the tests and validate the notebooks, one process a core, or only what the arguments name, in
            one process; --all adds the slow tests
@@ -83,6 +86,9 @@ def _parser() -> _Parser:
     add = command(_adopt, "adopt", "file finished records of a store or a bundle under records/")
     add("sources", nargs="+", type=Path, metavar="STORE|FILE")
     command(_readme, "readme", "write the README's tables anew from the records")
+    command(_book, "book", "build the book, as ./run_all.sh does; executes nothing", prog="./run_all.sh book")(
+        "scale", nargs="?", choices=SHOWN, default="recorded", metavar="SCALE", help="whose run the chapters show, "
+        f"where there is one: {', '.join(SHOWN)}")
     _notebooks_options(command(_notebooks, "notebooks", "run the notebooks, as ./run_all.sh does", *OPTIONS,
                                prog="./run_all.sh", usage=RUN_ALL, description="Options of the first form:",
                                epilog=ENVIRONMENT, formatter_class=argparse.RawDescriptionHelpFormatter))
@@ -270,72 +276,74 @@ def _check_gpu(args: argparse.Namespace) -> int:
     return check_gpu.check(args.device, args.seconds, args.out)
 
 
-def _notebooks(args: argparse.Namespace) -> int:
-    if args.look:
-        return 0
+def _batch() -> Any:
     try:
         from . import batch
     except ImportError as e:
         raise SidaeError('Notebooks need the extra of that name: pip install "sidae-lib[notebooks]".') from e
-    return batch.run(args)
+    return batch
+
+
+def _notebooks(args: argparse.Namespace) -> int:
+    return 0 if args.look else _batch().run(args)
+
+
+def _book(args: argparse.Namespace) -> int:
+    page, fault = _batch().book(args.scale)
+    if not page.exists():
+        raise SidaeError(fault or f"There is no book in {paths.ROOT}; run from a checkout.")
+    print(fault, f"The book: {page}", sep="\n" * bool(fault))
+    return int(bool(fault))
 
 
 def _results(recorded: dict[str, dict]) -> list[dict[str, Any]]:
-    """The last checkpoints by the paper's probe beside the paper's Table 1, as far as they are recorded."""
-    from . import claims, experiments, frames
+    """The last checkpoints by the paper's probe beside the paper's Table 1: each set at its largest scale."""
+    from . import claims, experiments, frames, methods
 
-    names = [frames.variant(m, 0.5) for m in ("sidae", "simsiam", "dae", "untrained", "supervised")]
-    names.append(frames.variant("supervised", 0.5, "augmented"))
-    rows = []
-    for scale in ("paper", "laptop", "quick"):
+    rows: list[dict[str, Any]] = []
+    for scale in ("paper", "laptop"):
         found = [recorded[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in recorded]
-        if not found:
+        table = claims.beside_published(frames.summary(frames.evaluations(found))) if found else None
+        if table is None:
             continue
-        table = claims.beside_published(frames.summary(frames.evaluations(found)))
+        table = table[~table["display"].isin([row["data"] for row in rows])]
+        table = table[(table["method"] != "supervised") | (table["augment"] == "none")]
         for (display, less), part in table.groupby(["display", -table["labels"]]):
-            usual, cells = part["n"].mode().iloc[0], dict.fromkeys(names, "")
+            usual, cells = part["n"].mode().iloc[0], dict[str, str]()
             for r in part.itertuples():
-                paper = f"<br>*{r.paper}*" if r.paper else ""
-                seeds = f"<br>n = {r.n}" if r.n != usual else ""
-                cells[frames.variant(r.method, r.w, r.augment)] = f"{r.ours}{paper}{seeds}"
-            labels = f"{frames.percent(-less)} = {part['n_train'].iloc[0]:,}"
-            rows.append({"data": display, "labels": labels, **cells,
-                         "n, scale and hardware": f"{usual}, {scale}, {frames.distinct(part['hardware'])}"})
+                paper, seeds = f"<br>*{r.paper}*" * bool(r.paper), f"<br>n = {r.n}" * int(r.n != usual)
+                cells[methods.NAMES.get(r.method, r.method)] = f"{r.ours}{paper}{seeds}"
+            rows.append({"data": display, "labels": frames.percent(-less), **cells, "n, scale": f"{usual}, {scale}"})
     return rows
 
 
-def _scoreboard(recorded: dict[str, dict]) -> list[dict[str, Any]]:
-    """What became of the claims. A case that is the same at both scales, as the report's are, counts once."""
-    from . import claims, experiments
+def _figures() -> list[dict[str, Any]]:
+    """The notebooks in the book's order: what each asks, the figures that it repeats, its minutes at scale quick."""
+    import json
+    import re
 
-    rows, same, said = [], ["statement", "case", "n", "difference"], set()
-    for scale in ("laptop", "paper"):
-        found = {name: [recorded[e.key()] for e in evals if e.key() in recorded]
-                 for name, evals in experiments.evaluations(scale).items()}
-        cases = claims.scoreboard(found, scale).query("published.isna()")
-        judged = list(cases[same].itertuples(index=False, name=None))
-        for c in claims.claims(cases.loc[[case not in said for case in judged]]).to_dict("records"):
-            alone = {f"{verdict} alone": c[verdict] for verdict in claims.VERDICTS}
-            rows.append({"claim": c["statement"], "scale": scale, "verdict": c["verdict"],
-                         "cases": c["cases"], **alone, "by chance": c["by chance"]})
-        said.update(judged)
+    import pandas as pd
+
+    clock = pd.read_csv(paths.figures("quick") / "timings.csv").set_index("notebook")["seconds"]
+    papers = {"2304.02549": "SidAE", "SePP-ID": "SePP-ID", "Hammer": "the student report", "2009.00104": "Falcon & Cho"}
+    rows = []
+    for name in re.findall(r"^chapters/(\w+)$", (paths.ROOT / "book" / "index.md").read_text(), re.M):
+        nb = json.loads((paths.ROOT / "notebooks" / f"{name}.ipynb").read_text())
+        text = "".join(nb["cells"][0]["source"])
+        source = next((line for line in text.splitlines() if line.startswith(("Paper: ", "Source: "))), "")
+        of = [said for key, said in papers.items() if key in source]
+        shown = re.findall(r"(?:Figure|Table)s? \d+(?:(?:, | and | to )\d+)*", source)
+        rows.append({"notebook": f"{name[:2]} [{text.splitlines()[0][2:]}](notebooks/{name}.ipynb)",
+                     "source": ", ".join([*of, *shown]), "minutes": f"{clock[name] / 60:.1f}"})
     return rows
 
 
 def readme(text: str) -> str:
     """The README with its tables made anew, every number read from a record or the batch run's own clock."""
-    import pandas as pd
-
-    from . import methods, store
+    from . import store
 
     recorded = {r["key"]: r for r in store.every("evaluation", store.published())}
-    clock = [{"notebook": t.notebook, "scale": path.parent.name, "minutes": f"{t.seconds / 60:.1f}",
-              "hardware": t.hardware} for path in sorted(paths.figures("").glob("*/timings.csv"))
-             for t in pd.read_csv(path).itertuples()]  # fmt: skip
-    axes = [{"method": methods.NAMES.get(name, name), **vars(a)} for name, a in methods.five_axes().items()]
-    tables = {"results": _results(recorded), "scoreboard": _scoreboard(recorded), "minutes": clock,
-              "axes": axes}  # fmt: skip
-    for name, rows in tables.items():
+    for name, rows in {"results": _results(recorded), "minutes": _figures()}.items():
         head, *body = [f"| {' | '.join(map(str, row))} |" for row in (rows[0], *(r.values() for r in rows))]
         table = "\n".join([head, "|---" * len(rows[0]) + "|", *body])
         before, _, rest = text.partition(f"<!-- {name} -->")

@@ -1,29 +1,29 @@
 """Runs the notebooks one after the other through papermill, once `./run_all.sh` has made the environment.
 
-It leaves `executed/<scale>/NAME.ipynb` and `.html` and the figures. Only it needs the notebooks extra.
+It leaves `executed/<scale>/NAME.ipynb`, the figures and the book. Only it needs the notebooks extra.
 """
 
 import argparse
 import ast
-import copy
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
-import nbformat
+import pandas as pd
 import papermill
+from filelock import FileLock
 from ipykernel.kernelspec import write_kernel_spec
-from jinja2 import DictLoader
-from nbconvert import HTMLExporter
 
 from . import paths
 from .config import SidaeError, typed
@@ -138,23 +138,8 @@ def _jobs(args: argparse.Namespace) -> int:
     return 1 if args.device != "cpu" and torch.cuda.is_available() else min(joblib.cpu_count(), 4)
 
 
-def render(nb: nbformat.NotebookNode) -> str:
-    """A notebook as one HTML page that holds its images. A figure's alt text is its cell's metadata `alt`,
-    which the exporter's own template leaves out."""
-    template = """{% extends "index.html.j2" %}{% block data_png scoped %}
-    {%- set alt = '<img alt="' ~ ((cell.metadata.alt or "") | escape_html) ~ '" ' %}
-    {{- super() | replace("<img ", alt, 1) }}{% endblock %}"""
-    loader = DictLoader({"alt.html.j2": template})
-    exporter = HTMLExporter(extra_loaders=[loader], template_file="alt.html.j2", embed_images=True)
-    nb = copy.deepcopy(nb)  # the exporter embeds only what lies below its folder, which is the checkout
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(!\[[^\]]*\]\()\.\./", r"\1", cell.source)
-    return exporter.from_notebook_node(nb, {"metadata": {"path": str(paths.ROOT)}})[0]
-
-
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds: float | None) -> str:
-    """Runs one notebook into `out` and its HTML beside it. Returns "" or, in one line, why it failed."""
+    """Runs one notebook into `out`. Returns "" or, in one line, why it failed."""
     failure = ""
     try:
         papermill.execute_notebook(notebook, out, parameters, kernel_name="python3", cwd=notebook.parent,
@@ -164,7 +149,6 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any], cell_seconds
     except Exception as e:  # a dead kernel, a cell beyond its time: the next notebook may still do
         traceback.print_exc()
         failure = f"{type(e).__name__}: {e}"
-    out.with_suffix(".html").write_text(render(nbformat.read(out, as_version=4)), encoding="utf-8")
     return failure.strip().partition("\n")[0]
 
 
@@ -317,13 +301,44 @@ def run(args: argparse.Namespace) -> int:
     failed = [done["notebook"] for done in clock if done["failed"]]
     print(f"{len(clock) - len(failed)} of {len(clock)} notebooks ran in {took:.0f} s; they are in {out}")
     if failed:
-        print(f"Failed: {', '.join(failed)}; see the .html and the .log of each")
-    from . import frames, pages, recorded
+        print(f"Failed: {', '.join(failed)}; see the chapter and the .log of each")
+    from . import claims, frames, recorded, train
 
     if args.fresh:  # only a run that computed everything says how long everything takes
-        pages.timings(args.scale, clock)
+        timings(args.scale, clock)
     found = recorded.evaluations(args.scale)
-    page = pages.index(args.scale, found, sorted(out.glob("*.html")))
+    board = claims.scoreboard(found, args.scale)
+    train.write(paths.figures(args.scale) / "scoreboard.csv", board.to_csv(index=False).encode())
+    page, fault = book(args.scale)
+    if fault:
+        print(fault)
     said = frames.found(found.get("accuracy_vs_epochs", ()))
-    print(f"Pages: {page}. {f'Found: {said}. ' * bool(said)}Next: {NEXT[args.scale]}")
+    words = [f"The book: {page}."] * page.exists(), [f"Found: {said}."] * bool(said), [f"Next: {NEXT[args.scale]}"]
+    print(*sum(words, []))
     return int(bool(failed))
+
+
+def timings(scale: str, clock: Sequence[dict[str, Any]]) -> None:
+    """figures/<scale>/timings.csv: how long each notebook of a batch run took from nothing, and on what. Of
+    others what an earlier run said stays."""
+    from . import frames, train
+
+    made, path = train.provenance(train.device_of("auto")), paths.figures(scale) / "timings.csv"
+    table = pd.DataFrame(clock).assign(hardware=f"{frames.hardware(made)}, torch {made['torch']}")
+    if path.exists():
+        table = pd.concat([table, pd.read_csv(path)]).drop_duplicates("notebook").sort_values("notebook")
+    train.write(path, table.to_csv(index=False).encode())
+
+
+def book(scale: str) -> tuple[Path, str]:
+    """Builds the book of the committed notebooks, and of those that a run at `scale` executed since; executes
+    nothing. Returns its first page, and what Sphinx found wrong, or ""."""
+    source = paths.ROOT / "book"
+    page = source / "_build" / "html" / "index.html"
+    if not (source / "conf.py").exists():
+        return page, ""
+    log = _writable(source / "_build") / "make.log"
+    command = [sys.executable, "-P", "-m", "sphinx", "-W", "--keep-going", "-q", str(source), str(page.parent)]
+    with FileLock(log.with_suffix(".lock")), log.open("w") as said:  # two runs build one after the other
+        code = subprocess.run(command, stdout=said, stderr=said, env=os.environ | {"SIDAE_BOOK": scale}).returncode
+    return page, f"The book has a fault; {log} says which." * bool(code)

@@ -3,12 +3,12 @@
 `published.csv` holds every number with its source. `claims.csv` holds every claim in words, with the figure
 whose evaluations it reads, and how:
 
-rows     which evaluations count: a query of the columns of `frames.evaluations` and `_read`
-sides    "better > worse": which of them should have the higher accuracy, and which the lower
-case     the name of a comparison. The claim is tested for each value of the columns in braces: {display} is
-         the same on both sides, {worse.method} is of one side. Both sides have the same share of labels.
-measure  what is compared where it is not accuracy: a function below
-margin   how far apart the sides may be where the claim is that they are alike
+- rows: which evaluations count: a query of the columns of `frames.evaluations` and `_read`
+- sides: "better > worse": which of them should have the higher accuracy, and which the lower
+- case: the name of a comparison. The claim is tested for each value of the columns in braces: {display} is
+  the same on both sides, {worse.method} is of one side. Both sides have the same share of labels.
+- measure: what is compared where it is not accuracy: a function below
+- margin: how far apart the sides may be where the claim is that they are alike
 """
 
 import re

@@ -203,7 +203,7 @@ class RunConfig(_Config):
     pair_count: int = 0  # how many pairs, the highest cosines first; 0 = all between the thresholds
     pair_weight: float = 1.0  # lambda of eq. 2: how often a pair is drawn, relative to an image
     redraw: bool = True  # False: an image's views are drawn once and used in every epoch
-    stats: Literal["data", "half"] = "data"  # normalisation by the set's mean and std, or (x - 0.5) / 0.5
+    stats: Literal["data", "half"] = "data"  # open: normalisation by the set's mean and std, or (x - 0.5) / 0.5
     # network
     backbone: Literal["resnet18", "resnet34", "small_cnn", "amdim", "patches18", "patches34"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool fit the accuracy
@@ -259,7 +259,7 @@ class RunConfig(_Config):
     predictor_lr: Literal["schedule", "constant"] = "schedule"  # open: the predictor follows the schedule
     batch: int = 512
     epochs: int = 200
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; set by the scale and never by the device
+    precision: Literal["fp32", "bf16"] = "fp32"  # open; bf16: autocast, set by the scale and never by the device
     # which mathematics; 0 asks for the current recipe and is resolved at once
     method_recipe: int = 0
     augment_recipe: int = 0
@@ -309,7 +309,7 @@ class EvalConfig(_Config):
     label_count: int = 0  # number of labels instead of a share; 0 = use `labels`
     label_seed: int = 0
     seed: int = -1  # classifier's initialisation and order; -1 = the run's
-    repeats: int = 1  # linear: probes of so many seeds on the same features; one probe's end is chance
+    repeats: int = 1  # open; linear: probes of so many seeds on the same features; one probe's end is chance
     # val: 20 % of the chosen labels are held out and scored instead; part (report only): fitted on 80 % of
     # the test images and scored on the rest, as the student report did
     score_on: Literal["test", "val", "part"] = "test"

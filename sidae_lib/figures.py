@@ -29,7 +29,7 @@ INK = "#444444"  # zero lines, frames and what stands for all methods alike
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
          "axes.titleweight": "bold", "figure.labelsize": 8, "legend.frameon": False, "legend.fontsize": 7,
          "image.interpolation": "nearest", "svg.hashsalt": "sidae", "svg.fonttype": "none", "savefig.dpi": 144,
-         "figure.dpi": 110}
+         "figure.dpi": 110, "font.sans-serif": ["DejaVu Sans"]}  # matplotlib's own
 DASHES = {"untrained": (1, 1.5), "supervised": (4, 2)}  # as seaborn takes them; the others are solid
 
 
@@ -166,7 +166,8 @@ def save(fig: "Figure", name: str, scale: str, table: pd.DataFrame) -> None:
     pixels = [c for ax in fig.axes for c in ax.collections if c.get_rasterized()]
     pixels += [i for ax in fig.axes for i in ax.images if np.ndim(i.get_array()) == 3]
     if not pixels:  # a map's or a photograph's would be no sharper
-        train.write(file.with_suffix(".svg"), re.sub(rb"(\.\d\d)\d+", rb"\1", svg.getvalue()))  # 1/7200 inch is enough
+        text = re.sub(rb"(\.\d\d)\d+", rb"\1", svg.getvalue())  # 1/7200 inch is enough
+        train.write(file.with_suffix(".svg"), re.sub(rb" ?\n(?:([LCQz]) ?| +(?=<))", rb"\1", text))
 
 
 def small(png: bytes) -> bytes:
@@ -208,10 +209,12 @@ def say(*lines: str) -> "Markdown":
 
 
 def touch(**choices: Any) -> Callable[[Callable], Callable]:
-    """`ipywidgets.interact` of the function below it, for someone who can touch; what only replays (SIDAE_STATIC) has
-    the static figure beside it."""
-    if os.environ.get("SIDAE_STATIC"):
-        return lambda draw: draw
+    """`ipywidgets.interact` of the function below it, for someone who can touch; where nobody can (SIDAE_STATIC),
+    what the first choices show."""
     from ipywidgets import interact
+
+    if os.environ.get("SIDAE_STATIC"):
+        first = {name: of.value if hasattr(of, "value") else of[0] for name, of in choices.items()}
+        return lambda draw: draw(**{name: v[1] if isinstance(v, tuple) else v for name, v in first.items()})
 
     return interact(**choices)

@@ -272,8 +272,8 @@ def features(net: Callable[[Tensor], Tensor], images: Tensor, *, stats: tuple, d
 
 @torch.no_grad()
 def z_std(total: Tensor, square: Tensor, n: int | Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of z/|z|, SimSiam's Fig. 2: 1/sqrt(D) = healthy, 0 =
-    collapsed. total, square: (D,) float64 sums of z/|z| and of its square over n samples."""
+    """Mean over dimensions of the standard deviation of `z/|z|`, SimSiam's Fig. 2: 1/sqrt(D) = healthy, 0 =
+    collapsed. total, square: (D,) float64 sums of `z/|z|` and of its square over n samples."""
     return (square / n - (total / n).square()).clamp(min=0).sqrt().mean()
 
 

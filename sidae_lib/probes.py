@@ -140,7 +140,7 @@ def knn(x: Tensor, bank: Tensor, labels: Tensor, classes: int, *, k: int, tau: f
 def logistic(x: Tensor, y: Tensor, test: Tensor, C: float = 1.0) -> Tensor:
     """Classes (M,) that multinomial logistic regression on standardised features gives `test` (M, F).
 
-    x: (N, F) with labels y (N,). It minimises the mean cross-entropy + |W|^2 / (2 C N), with free intercepts, by L-BFGS, as
+    x: (N, F) with labels y (N,). It minimises the mean cross-entropy + `|W|^2 / (2 C N)`, with free intercepts, by L-BFGS, as
     scikit-learn's LogisticRegression does (which has one weight vector where there are two classes). Its variables V make the
     curvature at W = 0 the identity. Without that, correlated features take hundreds of steps, and scikit-learn stops short of
     the optimum.

@@ -68,6 +68,7 @@ def compare(before: Sequence[store.Record], now: Sequence[store.Record]) -> tupl
     evaluations.
 
     With the same weights the machine is the same for all that matters, and no difference is allowed. Else:
+
     - a mean over an epoch may differ by TERMS of the largest that the run has now, and over the first by
       FIRST of it.
     - an accuracy may differ by ERRORS standard errors of a difference of two, each of n_test images. It may

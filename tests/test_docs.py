@@ -1,4 +1,4 @@
-"""What a contributor reads and what a checker says: the API page builds, types and style are clean, citations hold."""
+"""What a contributor reads and what a checker says: types and style are clean, citations hold."""
 
 import ast
 import os
@@ -38,24 +38,6 @@ def test_types_are_checked(tmp_path):
     done = run(sys.executable, "-m", "mypy", "--config-file", str(ROOT / "mypy.ini"), "--cache-dir", str(tmp_path / "c"),
                "bad.py", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 1 and "Missing positional argument" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_api_page_builds(tmp_path):
-    """The documented command, and every public name with its docstring on the page."""
-    command = re.search(r"python (-m pdoc .*)", CONTRIBUTING)[1].replace("'", "").replace("build/api", str(tmp_path))
-    done = run(sys.executable, *command.split())
-    assert done.returncode == 0, done.stderr
-    assert "Warn" not in done.stderr, done.stderr
-    for path in (ROOT / "sidae_lib").rglob("*.py"):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if path.stem in ("__main__", "batch"):
-            continue
-        page = (tmp_path / f"{name.replace('.', '/')}.html").read_text()
-        tree = ast.parse(path.read_text())
-        for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
-                assert f'id="{node.name}"' in page, f"{name}.{node.name}"
 
 
 def test_every_public_function_says_what_it_does():

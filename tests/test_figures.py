@@ -1,9 +1,7 @@
-"""The page of all figures as a reader meets it, in a real browser."""
+"""Figures: what they are drawn from, what they say, how they are saved; and the tables beside them."""
 
 import io
 import re
-import shutil
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,11 +10,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 from replay import replay
 
-from sidae_lib import diagrams, differences, experiments, figures, frames, methods, pages, paths, store
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+from sidae_lib import batch, diagrams, differences, experiments, figures, frames, methods, paths, store
 
 
 def one_line() -> plt.Figure:
@@ -27,59 +21,10 @@ def one_line() -> plt.Figure:
     return fig
 
 
-@pytest.fixture
-def page_file(own_store, monkeypatch) -> Path:
-    """Of the published records of one seed."""
-    monkeypatch.setenv("SIDAE_RECORDS", str(paths.ROOT / "records"))
-    records = store.recorded(experiments.accuracy_vs_epochs("laptop", ["mnist"], [0])[1])
-    table = frames.summary(frames.evaluations(records))
-    figures.save(one_line(), "accuracy_vs_epochs", "laptop", table)
-    notebook = own_store / "executed" / "01_accuracy_vs_epochs.html"
-    notebook.parent.mkdir()
-    notebook.write_text("<html><title>01</title></html>")
-    return pages.index("laptop", {"accuracy_vs_epochs": records}, [notebook])
-
-
-def test_the_page_names_what_it_shows(page_file):
-    text = page_file.read_text()
-    assert "Below the paper's scale" in text and "<h2>Claims</h2>" in text and "undecided (n = 1)" in text
-    assert "<td>undecided (fewer than three seeds)</td>" in text
-    for link in re.findall(r'href="([^"d][^"]*)"', text):
-        assert (page_file.parent / link).exists(), link
-    assert {p.suffix for p in page_file.parent.glob("scoreboard.*")} == {".csv", ".html"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.parametrize("name", ["index.html", "scoreboard.html", "recorded"])
-def test_a_browser_shows_it_without_an_error_on_a_phone(page_file, name, tmp_path, monkeypatch):
-    from playwright.sync_api import sync_playwright
-
-    file = page_file.with_name(name)
-    if name == "recorded":  # all committed figures
-        shutil.copytree(paths.ROOT / "figures" / "recorded", tmp_path / "recorded")
-        monkeypatch.setenv("SIDAE_FIGURES", str(tmp_path))
-        file = pages.index("recorded", {})
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 390, "height": 844})
-        said = []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("requestfailed", lambda request: said.append(request.url))
-        page.goto(file.as_uri())
-        images = page.eval_on_selector_all("img", "all => all.map(i => [i.naturalWidth, i.alt])")
-        wide = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-        browser.close()
-    assert not said
-    assert all(width > 0 and alt for width, alt in images) and (images or name == "scoreboard.html")
-    assert wide[0] <= wide[1], "the page scrolls sideways"
-
-
 def test_timings_of_notebooks_that_were_not_run_stay(own_store):
     clock = [{"notebook": f"0{n}_x", "seconds": float(n), "failed": False} for n in (1, 2)]
-    pages.timings("smoke", clock)
-    pages.timings("smoke", [clock[0] | {"seconds": 9.0}])
+    batch.timings("smoke", clock)
+    batch.timings("smoke", [clock[0] | {"seconds": 9.0}])
     table = pd.read_csv(paths.figures("smoke") / "timings.csv")
     assert table.set_index("notebook")["seconds"].to_dict() == {"01_x": 9.0, "02_x": 2.0}
 

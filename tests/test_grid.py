@@ -352,10 +352,10 @@ def test_the_scheduler_is_lost(cluster, own_store):
     assert sum("trained" in line for line in said) == 4 - len(kept)
 
 
-# --- TLS and Slurm, as the README says -----------------------------------------------------------------------
+# --- TLS and Slurm, as the book says -------------------------------------------------------------------------
 
-TEXT = (paths.ROOT / "README.md").read_text()
-README = TEXT.partition("## One machine, several, Slurm")[2].partition("\n## ")[0]
+TEXT = (paths.ROOT / "book" / "running.md").read_text()
+README = TEXT.partition("\n## Several machines")[2].partition("\n## Images of your own")[0]
 
 
 def block(kind: str, holds: str) -> str:
@@ -390,7 +390,7 @@ def test_tls(certificates):
 
 @slow
 def test_slurm(certificates):
-    """The README's script, its job file run by an `sbatch` that is bash."""
+    """The page's script, its job file run by an `sbatch` that is bash."""
     pytest.importorskip("dask_jobqueue")
     script = block("python", "SLURMCluster").replace('"paper"', '"smoke"')
     script = script.replace("accuracy_vs_epochs", "sidae_step_by_step")

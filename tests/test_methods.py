@@ -1,7 +1,9 @@
 """Methods: their terms, options, parameter groups, names and axes. Step by step: test_three_steps."""
 
 import dataclasses
+import importlib.util
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from pytest import approx
 from test_three_steps import CASES, run_of
 from torch import nn
 
-from sidae_lib import augment, config, losses, methods
+from sidae_lib import augment, config, losses, methods, paths
 from sidae_lib.config import RunConfig, SidaeError
 
 SMALL = {"dim": 32, "hidden": 48, "pred_hidden": 8, "decoder": 512}
@@ -230,3 +232,61 @@ def test_a_class_does_what_its_axes_say(name, monkeypatch):
     m.loss(views, batch | {"i": torch.arange(8), "j": torch.arange(8)})
     assert functions(axes.loss) and (functions(axes.compare) or axes.compare == "none")
     assert named <= called and called & ours <= named
+
+
+# --- the book's page --------------------------------------------------------------------------------------------------
+
+
+def page():
+    """What it computes. By its path, since its name is that of the library's package too."""
+    spec = importlib.util.spec_from_file_location("page", paths.ROOT / "book/methods.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module.made("recorded")
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_says_what_it_is(name):
+    """In at least two sentences, which name the source; the equation is that of its own loss; deviations stand at the end."""
+    cls = methods.METHODS[name]
+    text, trains = " ".join(cls.__doc__.split()), cls.loss is not methods.Method.loss
+    assert len(re.split(r"(?<=\.) (?=[A-Z`])", text)) >= 2
+    assert not trains or re.search(r"arXiv:\d{4}\.\d{5}|student report", text)
+    assert bool(cls.equation) == trains and ("equation" in vars(cls) or "loss" not in vars(cls))
+    assert cls.equation.count("{") == cls.equation.count("}") and "$" not in cls.equation
+    *before, last = cls.__doc__.split("\n\n")
+    assert "Deviation" not in " ".join(before) and ("Deviation" not in last or last.strip().startswith("Deviations: "))
+
+
+def test_the_book_shows_every_method_once():
+    shown = page()
+    for name, cls in methods.METHODS.items():
+        head = f"(method-{name})=\n### {cls.look.name}\n"
+        assert shown["each_method"].count(head) == 1
+        part = re.split(r"\n\(method|\n## ", shown["each_method"].partition(head)[2])[0]
+        assert part.count("$$") == 2 * bool(cls.equation) and cls.equation in part and f"In commands: `{name}`" in part
+        file, anchor = re.search(r'href="_modules/(\S+)\.html#(\w+)"', part).groups()
+        assert f"\nclass {anchor}(" in (paths.ROOT / f"{file}.py").read_text() and anchor == cls.__name__
+    rows = re.findall(r"^\| \[.*", shown["axes"], re.M)
+    assert [re.findall(r"\(#method-(\w+)\)", row) for row in rows] == [[name] for name in methods.five_axes()]
+    for row, axes in zip(rows, methods.five_axes().values(), strict=True):
+        assert row.replace("<wbr>", "").replace("`", "").split(" | ")[1:] == [*dataclasses.astuple(axes)[:4], f"{axes.loss} |"]
+
+
+def test_a_method_that_is_added_is_in_the_book_too():
+    with mock.patch.dict(methods.METHODS):
+        class New(methods.Method, name="new"):
+            """New (arXiv:9999.12345) compares nothing. It shows what the book does with w = 1."""
+
+            look, equation = methods.base.Look("Brand new", "#000000", "o"), r"L = \pi"
+            axes = methods.Axes(augment="none", encode="backbone", extract="all", compare="none", loss="pi")
+
+        shown = page()
+    assert "### Brand new\n\nNew ([arXiv:9999.12345](https://arxiv.org/abs/9999.12345)) compares" in shown["each_method"]
+    assert "L = \\pi" in shown["each_method"] and "[Brand new](#method-new)" in shown["axes"]
+    assert "Brand new" not in page()["axes"]
+
+
+def test_the_book_s_example_runs(own_store):
+    code = re.search(r"```python\n(.*?)```", (paths.ROOT / "book/methods.md").read_text(), re.S)[1]
+    exec(code.replace("quick", "smoke").replace("mnist5k", "digits"), made := {})
+    assert made["run"].extract == "11" and methods.check(made["run"]) is methods.METHODS["composed"]

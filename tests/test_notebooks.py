@@ -2,6 +2,7 @@
 number. What their texts say is read in test_lecture.py."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,9 @@ from replay import NOTEBOOKS, ROOT, cells
 
 from sidae_lib import experiments, losses, paths, store
 
+spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
+execute = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(execute)
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 ORDER = "00 01 02 03 04 05 06 07 11 08 12 09 10".split()  # as a reader goes through them
 
@@ -209,3 +213,24 @@ def test_the_walk_stops_the_gradient_where_the_library_does():
     library = (losses.neg_cosine(p1, z2) + losses.neg_cosine(p2, z1)) / 2
     for one, other in zip(*(torch.autograd.grad(v, (p1, p2, z1, z2), allow_unused=True) for v in (scope["l_si"], library))):
         assert one is other is None or torch.allclose(one, other)
+
+
+# --- notebooks/execute.py -----------------------------------------------------------------------------------------------
+
+
+def test_a_link_to_the_code_gets_its_line(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("def loss(): ...\n\n\nclass SidAE:\n    def loss(self): ...\n")
+    monkeypatch.setattr(execute, "HERE", tmp_path / "notebooks")
+    made = execute.linked("See [`SidAE.loss`](../a.py#L1), [`loss`](../a.py#L9) and [a page](https://x.org#L7).")
+    assert made == "See [`SidAE.loss`](../a.py#L5), [`loss`](../a.py#L1) and [a page](https://x.org#L7)."
+    with pytest.raises(ValueError, match="a.py has no SidAE.forward; mend the link."):
+        execute.linked("[`SidAE.forward`](../a.py#L1)")
+
+
+def test_tidy_joins_prints_and_drops_times():
+    out = nbformat.v4.new_output
+    cell = nbformat.v4.new_code_cell("x", metadata={"execution": {"started": "now"}, "alt": "a"}, outputs=[
+        out("stream", text="a\n"), out("stream", text="b\n"), out("stream", name="stderr", text="c"),
+        out("display_data", data={}), out("display_data", data={execute.WIDGET: {}}), out("stream", text="d")])  # fmt: skip
+    execute.tidy(nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell("m")]))
+    assert [o.get("text") for o in cell.outputs] == ["a\nb\n", "c", None, "d"] and cell.metadata == {"alt": "a"}

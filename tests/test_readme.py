@@ -1,55 +1,183 @@
-"""The README says what the records say."""
+"""The README, and the book's front page and Running it, say what the records and the code say."""
 
+import importlib.util
 import re
+from types import ModuleType
 
 import pandas as pd
+import pytest
 
-from sidae_lib import methods, paths, store
+from sidae_lib import claims, differences, experiments, frames, methods, paths, recorded, scales, store
 from sidae_lib.__main__ import readme
 
 TEXT = (paths.ROOT / "README.md").read_text()
+RUNNING = (paths.ROOT / "book" / "running.md").read_text()
+IMAGES = "CIFAR-10 (JPEG copy)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published_alone(tmp_path_factory):
+    """No run of whoever tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDAE_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
+
+
+def page(name: str) -> ModuleType:
+    """The module that makes a page's computed parts."""
+    spec = importlib.util.spec_from_file_location(name, paths.ROOT / "book" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def rows(table: str) -> list[list[str]]:
+    """Cells of a table in Markdown, without its head."""
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")][2:]
 
 
 def test_its_tables_are_those_of_the_records():
     assert readme(TEXT) == TEXT, "run `python -m sidae_lib readme`"
+    assert TEXT.count("\n") <= 110
 
 
 def test_its_results_are_the_means_of_the_published_records():
     """By another way than the command: straight from the JSON."""
-    head, _, *rows = [[c.strip() for c in line.strip("|").split("|")]
-                      for line in TEXT.partition("<!-- results -->\n")[2].partition("\n<!--")[0].splitlines()]
-    cells = [(row[0], row[1], name, cell, row[-1]) for row in rows for name, cell in zip(head[2:-1], row[2:-1]) if cell]
-    assert len(cells) >= 30
-    names = {v: k for k, v in methods.NAMES.items()} | {"Supervised, augmented": "supervised"}
+    table = TEXT.partition("<!-- results -->\n")[2].partition("\n<!--")[0]
+    head = [c.strip() for c in table.splitlines()[0].strip("|").split("|")]
+    cells = [(row[0], row[1], name, cell, row[-1]) for row in rows(table) for name, cell in zip(head[2:-1], row[2:-1])]
+    assert len(cells) == 5 * 6
+    names = {v: k for k, v in methods.NAMES.items()}
     published = list(store.every("evaluation", store.published()))
     for display, share, method, cell, says in cells:
-        share, mean, (n, scale) = share.split()[0], cell.split()[0], says.split(", ")[:2]
+        share, mean, (n, scale) = share.split()[0], cell.split()[0], says.split(", ")
         n = cell.partition("n = ")[2] or n  # a cell of another n than the row's says so
         accuracies = [
             r["accuracy"] for r in published
             if r["data"]["display"] == display and r["config"].get("labels", 1.0) == float(share) / 100
             and r["config"]["run"]["method"] == names[method] and r["kind"] in ("linear", "classifier")
             and r["epoch"] == r["config"]["run"].get("epochs", 200) and r["config"].get("score_on", "test") == "test"
-            and (method[:4] != "Supe" or (r["config"]["run"].get("augment") != "none") == ("augmented" in method))
+            and (method != "Supervised" or r["config"]["run"].get("augment") == "none")
             and not {"w", "target", "split", "pairs"} & r["config"]["run"].keys() and "data" not in r["config"]
-            and r["config"]["run"].get("width", 64) == {"quick": 16, "laptop": 16, "paper": 64}[scale]
-            and r["config"]["run"].get("seed", 0) < {"quick": 3, "laptop": 3, "paper": 5}[scale]  # more belong to other figures
+            and r["config"]["run"].get("width", 64) == {"laptop": 16, "paper": 64}[scale]
+            and r["config"]["run"].get("seed", 0) < {"laptop": 3, "paper": 5}[scale]  # more belong to other figures
         ]  # fmt: skip
         assert len(accuracies) == int(n) and round(sum(accuracies) / len(accuracies), 2) == float(mean)
 
 
-def test_its_minutes_are_the_batch_runs():
-    for path in paths.figures("").glob("*/timings.csv"):
-        for t in pd.read_csv(path).itertuples():
-            assert f"| {t.notebook} | {path.parent.name} | {t.seconds / 60:.1f} |" in TEXT
+SAYS = {  # a sentence of the README -> true exactly if it holds
+    "SidAE and the autoencoder end clearly above the untrained network in every row; SimSiam does so only on CIFAR-10.":
+        "all(low(m, 'untrained', case) > 0 for m in ('sidae', 'dae') for case in mean) and "
+        "all((low('simsiam', 'untrained', case) > 0) == (case[0] == IMAGES) for case in mean)",
+    "At the paper's scale SidAE is first on CIFAR-10, as in the paper, but its lead over SimSiam is smaller than the paper's.":
+        "all(first(mean[IMAGES, share]) and first(paper[share]) and 0 < lead(mean[IMAGES, share]) < lead(paper[share]) "
+        "for share in (1.0, 0.01)) and scale[IMAGES] == 'paper'",
+    "Two seeds are too few to decide that lead, and at laptop scale it is undecided whether SidAE beats its two parts.":
+        "seeds == 2 < claims.SEEDS and verdict['SidAE beats SimSiam and the autoencoder'] == 'undecided'",
+    "With many labels a supervised network is better than all three methods on every set, as in the paper.":
+        "all(mean[case]['supervised'] > max(mean[case][m] for m in scales.SSL) for case in mean if case[1] > 0.01) and "
+        "verdict['with many labels frozen features do not beat the supervised network'].startswith('supported')",
+    "With 1 % of the labels SidAE beats the supervised network on CIFAR-10, but not on MNIST and Fashion-MNIST, where the "
+    "paper says it does.":
+        "all((mean[c]['sidae'] > mean[c]['supervised']) == (c[0] == IMAGES) for c in mean if c[1] == 0.01) and "
+        "verdict['on MNIST and Fashion-MNIST SidAE beats the supervised network'] == 'contradicted'",
+    "CIFAR-10 (a JPEG copy) at the paper's own scale, the other sets at *laptop* scale.":
+        "scale == {IMAGES: 'paper', 'MNIST': 'laptop', 'Fashion-MNIST': 'laptop'}",
+    "There the network is a quarter as wide and sees a tenth of the images":
+        "{4 * r.width for r in laptop} == {64} and {10 * r.pool for r in laptop} == {50_000, 60_000}",
+}  # fmt: skip
 
 
-def test_its_links_and_images_are_there():
-    for link in re.findall(r"\]\(([^)h][^)]*)\)", TEXT):
-        assert (paths.ROOT / link).exists(), link
+@pytest.fixture(scope="module")
+def known() -> dict:
+    """What the sentences speak of: the last checkpoints of the main figure, the paper's numbers, the verdicts."""
+    frame = frames.evaluations(recorded.best("accuracy_vs_epochs")[1])
+    probed = frame["kind"].isin(["linear", "classifier"]) & ((frame["method"] != "supervised") | (frame["augment"] == "none"))
+    last = frame[(frame["epoch"] == frame["of"]) & probed]
+    case = {case: part for case, part in last.groupby(["display", "labels"])}
+    published = claims.table(source="Table 1", protocol=claims.PROBE, pretrain_data="cifar10", data="cifar10")
+    board = claims.scoreboard(recorded.evaluations("laptop"), "laptop")
+    lead = lambda means: means["sidae"] - means["simsiam"]  # noqa: E731
+    return globals() | {
+        "mean": {c: part.groupby("method")["accuracy"].mean() for c, part in case.items()},
+        "low": lambda one, other, c: differences.difference(case[c], {"method": one}, {"method": other}).interval()[1],
+        "paper": {share: part.set_index("method")["value"] for share, part in published.groupby("labels")},
+        "lead": lead, "first": lambda means: means["sidae"] == means[list(scales.SSL)].max(),
+        "scale": last.groupby("display")["scale"].first().to_dict(),
+        "seeds": last[(last["display"] == IMAGES) & (last["method"] == "sidae")]["seed"].nunique(),
+        "verdict": claims.claims(board).set_index("statement")["verdict"],
+        "laptop": [r for r in experiments.accuracy_vs_epochs("laptop")[0] if r.method in scales.SSL],
+    }  # fmt: skip
 
 
-def test_its_example_runs(own_store):
+@pytest.mark.parametrize("sentence", SAYS)
+def test_what_it_says_is_so(known, sentence):
+    assert sentence in " ".join(TEXT.split()) and eval(SAYS[sentence], known)
+
+
+def test_minutes_are_the_batch_runs():
+    """Of all scales in the book; of quick in the README too, and they are ten at most, as is said."""
+    files = list(paths.figures("").glob("*/timings.csv"))
+    made = page("running").made("recorded")["minutes"]
+    for t in pd.concat(map(pd.read_csv, files)).itertuples():
+        assert f"(chapters/{t.notebook}.ipynb) | {t.seconds / 60:.1f} |" in made and t.hardware in made
+    quick = pd.read_csv(paths.figures("quick") / "timings.csv")
+    for t in quick.itertuples():
+        assert re.search(rf"\(notebooks/{t.notebook}\.ipynb\) \|.*\| {t.seconds / 60:.1f} \|", TEXT)
+    assert quick["seconds"].sum() <= 600 and len(quick) == len(list(paths.ROOT.glob("notebooks/*.ipynb")))
+
+
+def test_scales_are_those_of_the_code():
+    said = {row[0].strip("`"): row[1:] for row in rows(page("running").made("recorded")["scales"])}
+    assert said["quick"] == ["MNIST (5,000 digits)", "ResNet-18, width 16", "all 4,000", "12", "4"]
+    for name, (*_, epochs, seeds) in said.items():
+        asked = experiments.accuracy_vs_epochs(name)[0]
+        assert {*epochs.split(" / ")} == {str(r.epochs) for r in asked if r.method == "sidae"}
+        assert int(seeds) == len({r.seed for r in asked})
+
+
+@pytest.mark.parametrize("text", [TEXT, RUNNING], ids=["README", "running"])
+def test_links_images_and_keys_are_there(text):
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", text):
+        file, _, part = link.partition("#")
+        folder = paths.ROOT / ("book" * (text is RUNNING))
+        there = (folder / file.replace("chapters/", "../notebooks/")).resolve()
+        assert there.exists(), link
+        assert not part or part in [re.sub(r"\W+", "-", h.lower()) for h in re.findall("^#+ (.*)", there.read_text(), re.M)]
+    for key in re.findall(r"verify (\w+)", text):
+        assert key in {r["key"] for r in store.every("run", store.published())}
+
+
+def test_the_front_page_says_who_is_first(known):
+    made = page("index").made("recorded")
+    said = rows(made["answer"])
+    assert {(row[0], row[-1]) for row in said} == {*known["scale"].items()} and len(said) == len(known["mean"])
+    for display, share, *cells, n, scale in said:
+        means = known["mean"][display, float(share.split()[0]) / 100][list(scales.SSL)]
+        assert [c.strip("*") for c in cells] == [f"{m:.1f}" for m in means]
+        assert [c[0] == "*" for c in cells] == [m == means.max() for m in means]
+        assert int(n) == 2 + (scale == "laptop")
+    leads = {s: [k for k, means in known["mean"].items() if known["scale"][k[0]] == s and known["first"](means)] for s in
+             ("paper", "laptop")}  # fmt: skip
+    assert (f"in {len(leads['paper'])} of 2 cases at paper scale and in {len(leads['laptop'])} of 4 cases at laptop" in
+            made["answer"] and "autoencoder is **undecided**" in made["answer"])  # fmt: skip
+    assert "H100" in made["made_with"] and "](../figures/recorded/accuracy_vs_epochs.png)" in made["main_figure"]
+
+
+def test_the_front_page_of_a_run(monkeypatch, tmp_path):
+    """Its own figure, numbers and weaknesses; where it recorded nothing, the best on record."""
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "accuracy_vs_epochs.png").touch()
+    monkeypatch.setenv("SIDAE_FIGURES", str(tmp_path))
+    made = page("index").made("quick")
+    assert f"{tmp_path.name}/quick/accuracy_vs_epochs.png" in made["main_figure"]
+    found = recorded.evaluations("quick")["accuracy_vs_epochs"]
+    assert {row[0] for row in rows(made["answer"])} == {"MNIST (5,000 digits)"}
+    assert f"- {frames.found(found)}." in made["answer"] and "lies below the untrained network" in made["answer"]
+    monkeypatch.setattr(recorded, "evaluations", lambda scale: {})
+    assert page("index").made("quick")["answer"] == page("index").made("recorded")["answer"]
+
+
+def test_the_example_runs(own_store):
     """The block under "Change something", at smoke scale."""
-    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1].replace('"quick"', '"smoke"')
-    exec(compile(code, "README", "exec"), {})
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", RUNNING, re.S) if "SLURM" not in c]
+    exec(compile(code.replace('"quick"', '"smoke"'), "running.md", "exec"), {})

@@ -9,7 +9,7 @@ from sidae_lib import paths
 LIBRARY = paths.ROOT / "sidae_lib"
 ORDER = """config paths losses threads layout pictures arrays tables reader small_maps networks augment
     methods places data pairs step checkpoint train probes portrait evaluate store adoption tasks processes
-    grid runs differences frames claims figures diagrams pages scales copies own experiments recorded verify
+    grid runs differences frames claims figures diagrams scales copies own experiments recorded verify
     estimator check_gpu batch __main__""".split()  # as they may import
 FILES = sorted(LIBRARY.rglob("*.py"))
 

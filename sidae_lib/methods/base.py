@@ -40,10 +40,12 @@ class Look:
 
 
 class Method(nn.Module):
-    """A backbone and what a subclass adds. `class SimCLR(Method, name="simclr")` enters METHODS."""
+    """A backbone and what a subclass adds. `class SimCLR(Method, name="simclr")` enters METHODS.
+    The book shows a subclass by its docstring and its equation."""
 
     look: ClassVar[Look]
     axes: ClassVar[Axes]
+    equation: ClassVar[str] = ""  # the loss, its paper's symbols in rows of TeX's aligned; source: docstring
     own: ClassVar[dict[str, str]] = {}  # axis -> its choice, where a run may choose otherwise; a|b: either
     reads: ClassVar[tuple[str, ...]] = ()  # fields of RunConfig that not all methods read
     labels: ClassVar[bool] = False  # whether the loss looks at labels

@@ -1,6 +1,7 @@
-"""Methods with negatives, all by `losses.info_nce`: they differ in what is compared with what.
+"""Around the paper: methods with negatives.
 
-Row r of a batch holds view 1 of image i[r] and view 2 of image j[r], the same but for semantic pairs (i, j).
+All use `losses.info_nce`; they differ in what is compared with what. Row r of a batch holds view 1 of image
+`i[r]` and view 2 of image `j[r]`, which is the same image except in a semantic pair.
 """
 
 import torch
@@ -46,12 +47,18 @@ class Queue(nn.Module):
 
 
 class SimCLR(Contrastive, name="simclr"):
-    """SimCLR (arXiv:2002.05709), its released three-layer head: each of 2B views has its twin to find.
-    Mean over the 2B rows, half the official code's value. Deviation: BatchNorm of each view apart."""
+    """SimCLR (arXiv:2002.05709, eq. 1): each of the 2B views of a batch has to find its twin.
+    The projections of two views are compared by their cosine. The other images of the batch are the
+    negatives, which prevent collapse, so it gains from large batches. The head has three layers, as in the
+    released code. The loss is the mean over the 2B views, half the official code's value.
+
+    Deviations: BatchNorm sees each view apart."""
 
     look = Look("SimCLR", "#56B4E9", "D")
     axes = Axes(augment="simclr", encode="backbone + 3-layer projector", extract="last vector per view",
                 compare="cosine / tau", loss="info_nce, other images of the batch as negatives")
+    equation = r"""\ell_{i,j} = -\log \frac{\exp(\mathrm{sim}(z_i, z_j) / \tau)}
+        {\sum_{k \ne i} \exp(\mathrm{sim}(z_i, z_k) / \tau)}"""
     reads = ("dim", "hidden", "proj_affine", "tau", "leave_out")
 
     def __init__(self, c: RunConfig, classes: int = 0) -> None:
@@ -95,18 +102,23 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 class MoCo(Contrastive, name="moco_v2"):
-    """MoCo v2 (arXiv:2003.04297) as in the official CIFAR demo: a query finds its key among those of a queue.
+    """MoCo v2 (arXiv:2003.04297), as in the official CIFAR demo: a query has to find its key among K others.
+    The query q is one view; its key k+, the other view, comes from a momentum copy of the network. A queue of
+    earlier keys holds the negatives, which prevent collapse, so a small batch will do.
 
     BatchNorm sees `splits` parts of the batch apart, other parts of the keys than of the queries (shuffle-BN,
     by a fixed shuffle, since an epoch's order is random). `symmetric` adds the other direction, twice the
-    gradient, and enqueues both keys. Deviations: v2's two-layer head (demo: one layer); `leave_out` = "same"
-    leaves an anchor's earlier views in the queue out, "none" is the official code.
-    """
+    gradient, and enqueues both keys.
+
+    Deviations: the head has two layers, as in v2 (demo: one); `leave_out` = "same" leaves out an anchor's
+    earlier views in the queue ("none" is the official code)."""
 
     look = Look("MoCo v2", "#E69F00", "v")
     axes = Axes(augment="simclr", encode="backbone + 2-layer MLP; momentum copy for keys",
                 extract="last vector per view", compare="cosine / tau",
                 loss="info_nce, a queue of earlier keys as negatives")
+    equation = r"""L_q &= -\log \frac{\exp(q \cdot k_+ / \tau)}{\sum_{i=0}^K \exp(q \cdot k_i / \tau)} \\
+        \theta_k &\leftarrow m \, \theta_k + (1 - m) \, \theta_q"""
     reads = ("dim", "hidden", "tau", "ema", "queue", "symmetric", "splits", "leave_out")
 
     def __init__(self, c: RunConfig, classes: int = 0) -> None:
@@ -152,17 +164,20 @@ class MoCo(Contrastive, name="moco_v2"):
 
 
 class NNCLR(Contrastive, name="nnclr"):
-    """NNCLR (arXiv:2104.14548, eq. 2 to 4): z1's nearest neighbour in a queue of earlier z1 finds the
-    prediction of view 2 among the batch's, and the other way round.
+    """NNCLR (arXiv:2104.14548, eq. 2 to 4): the nearest neighbour of a view takes its place.
+    It is sought in a queue Q of earlier projections of view 1. It has to find the prediction p of the
+    other view among those of the batch; the loss is the mean of both directions. The predictions for
+    other images are the negatives, which prevent collapse.
 
-    Records, of z1's neighbours: `nn_accuracy`, the share with the anchor's label (noise counts as wrong), and
-    `nn_same`, the share of earlier views of the same image.
-    """
+    Records, of view 1's neighbours: `nn_accuracy`, the share with the anchor's label (noise counts as wrong),
+    and `nn_same`, the share of earlier views of the same image."""
 
     look = Look("NNCLR", "#332288", "<")
     axes = Axes(augment="simclr", encode="backbone + 3-layer projector, predictor on one side",
                 extract="last vector per view, replaced by its nearest neighbour on one side",
                 compare="cosine / tau", loss="info_nce, other images of the batch as negatives")
+    equation = r"""L_i = -\log \frac{\exp(\mathrm{NN}(z_i, Q) \cdot p_i^+ / \tau)}
+        {\sum_k \exp(\mathrm{NN}(z_i, Q) \cdot p_k^+ / \tau)}"""
     reads = ("dim", "hidden", "proj_affine", "pred_hidden", "tau", "queue", "leave_out")
 
     def __init__(self, c: RunConfig, classes: int = 0) -> None:
@@ -193,19 +208,24 @@ class NNCLR(Contrastive, name="nnclr"):
 
 
 class FNC(SimCLR, name="fnc"):
-    """False negative cancellation (arXiv:2011.11765) on SimCLR with `support` more views of image i.
+    """FNC, false negative cancellation (arXiv:2011.11765), is SimCLR with `support` more views of each image.
+    It seeks false negatives: of the views of other images, those whose cosine with any view of an image
+    (their maximum) is among the `top` and above `threshold`. `attract` makes them positives, as in the
+    official code, where all views are anchors, positives and support: P_i then holds them beside the image's
+    other views. `eliminate` leaves them out of the sum over k. The other negatives prevent collapse.
 
-    False negatives: the views of other images whose cosine with any view of an image (their maximum) is among
-    the `top` and above `threshold`. `attract` makes them positives, as in the official code, where all views
-    are anchors, positives and support; `eliminate` leaves them out. Deviations: no RandAugment, no memory of
-    momentum embeddings. Records per image: `fn_found`, of these `fn_right` with its label, of `fn_all`; with
-    ordinary pairs (i, i) precision = fn_right / fn_found, recall = fn_right / fn_all.
-    """
+    Records per image: `fn_found`, how many were found, `fn_right`, how many of them have its label, and
+    `fn_all`, how many have it at all. With ordinary pairs (i, i) the precision is fn_right / fn_found, the
+    recall fn_right / fn_all.
+
+    Deviations: no RandAugment, no memory of momentum embeddings."""
 
     look = Look("FNC", "#8C510A", ">")
     axes = Axes(augment="simclr", encode="backbone + 3-layer projector",
                 extract="last vector of two views and the support", compare="cosine / tau",
                 loss="info_nce, other images of the batch but the found ones as negatives")
+    equation = r"""L_i = -\frac{1}{|P_i|} \sum_{j \in P_i} \log \frac{\exp(\mathrm{sim}(z_i, z_j) / \tau)}
+        {\sum_{k \ne i} \exp(\mathrm{sim}(z_i, z_k) / \tau)}"""
     reads = (*SimCLR.reads, "support", "top", "threshold", "cancel")
 
     def cancel(self, sim: Tensor, own: Tensor, drop: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict]:

@@ -1,4 +1,7 @@
-"""Methods that compare places of feature maps, and the method made of any five choices (arXiv:2009.00104)."""
+"""Around the paper: methods that compare places of feature maps.
+
+The last of them is made of any five choices (arXiv:2009.00104).
+"""
 
 import re
 from collections import Counter
@@ -15,6 +18,9 @@ from ..config import EXTRACTS, RunConfig, SidaeError, epoch_seed
 from .base import METHODS, Axes, Batch, Look, Method, Views
 
 BLOCK = 2**24  # scores at once, 64 MiB a tensor of them; a block holds about five such tensors
+NCE = r"""\mathbb E \Big[ -\log \frac{e^{\phi(f_a, f_b)}}{e^{\phi(f_a, f_b)}
+    + \sum_{\tilde f_b \in N} e^{\phi(f_a, \tilde f_b)}} \Big] + 0.05 \, \overline{s^2}"""
+SCORE = r"\phi &= c \tanh \tfrac{s}{c}, \quad s(f_a, f_b) = \tfrac{1}{\sqrt d} \, f_a^\top f_b"
 
 
 def by_blocks(score: Callable[..., Tensor], columns: int, *rows: Tensor) -> Tensor:
@@ -48,13 +54,21 @@ class Context(nn.Module):
 
 
 class CPC(Method, name="cpc_v2"):
-    """CPC v2 (arXiv:1905.09272): the context predicts the patches `extract` rows below among the batch's.
-    A sum over rows of mean cross-entropies; a row named n times counts n times (bolts, on a 7x7 grid, counts
-    "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6", and its rows share one prediction head). No augmentation per patch."""
+    """CPC v2 (arXiv:1905.09272): the upper part of an image predicts the patches below.
+    The context c of a place (i, j), which sees row i and those above, predicts the patch k rows below, for
+    each k that `extract` names. The prediction is compared with every patch of the batch; all but the right
+    one are negatives, which prevent collapse. It needs an encoder of patches.
+
+    The loss is a sum over rows of mean cross-entropies; a row named n times counts n times (bolts, on a 7x7
+    grid, counts "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6", and its rows share one prediction head).
+
+    Deviations: no augmentation per patch."""
 
     look = Look("CPC v2", "#6B4C9A", "H")
     axes = Axes(augment="cpc_patches", encode="patch encoder + masked context", extract=EXTRACTS["cpc_v2"],
                 compare="dot", loss="cross_entropy; every other patch of the batch as negative")
+    equation = r"""L &= \sum_k \mathbb E_{i,j} \Big[ -\log \frac{\exp(\hat z_{i+k,j}^\top z_{i+k,j} / 10)}
+        {\sum_l \exp(\hat z_{i+k,j}^\top z_l / 10)} \Big] \\ \hat z_{i+k,j} &= W_k \, c_{i,j}"""
     reads = ("extract", "hidden", "dim")
     own = {"augment": "cpc_patches", "encode": "patches18", "extract": EXTRACTS["cpc_v2"]}
 
@@ -124,16 +138,21 @@ def comparisons(text: str) -> list[tuple[int, tuple[int, ...]]]:
 
 
 class Composed(Method):
-    """Any crossing of the five axes, each a field of the config: augment, backbone, extract, compare, loss.
+    """A composed method is made of any five choices on the axes of Falcon and Cho (arXiv:2009.00104). Each is
+    a field of the config: `augment`, `backbone`, `extract`, `compare`, `loss`. Places or vectors of two views
+    are compared; other images are the negatives, which prevent collapse.
 
-    extract: "vector", the projections of both views, each against all others, as SimCLR; or `comparisons`:
-    one random place per image of one view's map against all places of the other view's, both ways.
-    compare: cosine / tau; or dot / sqrt(D), clipped softly; 0.05 times its mean square joins the loss.
-    """
+    `extract` is "vector": the projections of both views, each against all others, as SimCLR. Or it is
+    `comparisons`: one random place per image of one view's map against all places of the other view's, both
+    ways. `compare` is cosine / tau; or it is dot / sqrt(D), clipped softly, and then 0.05 times the mean
+    square of the scores joins the loss. In `nce` a positive stands against negatives alone."""
 
     look = Look("Composed", "#225555", "4")
     axes = Axes(augment="yadim", encode="any backbone", extract='"vector" or comparisons of maps',
                 compare="dot or cosine", loss="nce or info_nce")
+    equation = r"""L_{\text{nce}} &= \mathbb E \Big[ -\log \frac{e^{s_+}}{e^{s_+} + \sum_- e^{s_-}} \Big] \\
+        L_{\text{info-nce}} &= \mathbb E \Big[ -\log \frac{e^{s_+}}{\sum_+ e^{s_+} + \sum_- e^{s_-}} \Big] \\
+        s &= \cos(u, v) / \tau \quad \text{or} \quad c \tanh \frac{\langle u, v \rangle}{c \sqrt D}"""
     reads: tuple[str, ...] = ("extract", "compare", "loss", "clip", "tau", "dim", "hidden")
     own = {"augment": "yadim", "encode": "resnet18 (cifar)", "extract": "00", "compare": "dot", "loss": "nce"}
 
@@ -231,24 +250,33 @@ class Composed(Method):
 
 
 class AMDIM(Composed, name="amdim"):
-    """AMDIM (arXiv:1906.00910): the map of 1x1 finds the other view's places of 5x5 and 7x7, a place of 5x5
-    those of 5x5; on another backbone its last three maps stand in for these."""
+    """AMDIM (arXiv:1906.00910, eq. 4): a place of one view's map has to find places of the other view's maps.
+    The map of 1x1 finds those of 5x5 and 7x7, a place of 5x5 those of 5x5, both ways. The scores s are dot
+    products, clipped softly; the mean square of all of them joins the loss. Places of other images are the
+    negatives N, which prevent collapse. It needs a backbone with maps; on another than AMDIM's own, its last
+    three maps stand in for these."""
 
     look = Look("AMDIM", "#AA4466", "d")
     axes = Axes(augment="amdim", encode="AMDIM's encoder + embeddings", extract=EXTRACTS["amdim"],
                 compare="dot + soft_clip", loss="nce; places of other images as negatives")
+    equation = rf"L &= L_{{1,5}} + L_{{1,7}} + L_{{5,5}} \\ L_{{a,b}} &= {NCE} \\ {SCORE}"
     reads = ("extract", "clip")
     own = Composed.own | {"augment": "amdim", "encode": "amdim", "extract": EXTRACTS["amdim"]}
 
 
 class YADIM(Composed, name="yadim"):
-    """YADIM-like (arXiv:2009.00104, whose body and code could not be had): an encoder-agnostic DIM as
-    abstract and library make likely: own flips, places of the last map find places of the last map."""
+    """YADIM-like (arXiv:2009.00104): a DIM that takes any encoder, as the paper's abstract and its authors'
+    library make likely. A place of one view's last map has to find the places of the other view's last map,
+    both ways, by AMDIM's scores; each view has its own flip. Places of other images are the negatives N,
+    which prevent collapse. It needs a backbone with maps.
+
+    Deviations: not known, since the paper's body and YADIM's code could not be had."""
 
     look = Look("YADIM-like", "#117733", "*")
     axes = Axes(augment="yadim", encode="any backbone with maps + BatchNorm of each map",
                 extract=EXTRACTS["yadim"], compare="dot + soft_clip",
                 loss="nce; places of other images as negatives")
+    equation = rf"L &= {NCE} \\ {SCORE}"
     reads = AMDIM.reads
 
 

@@ -1,5 +1,8 @@
-"""Pairwise and triplet learning with negatives of another class: the student report "Contrastive learning"
-(R. Hammer, M. Pavlinec, N. Zarbock, A. Zeilmann; Goethe University Frankfurt, 2021)."""
+"""Around the paper: pairwise and triplet learning.
+
+Both have negatives of another class, as in the student report "Contrastive learning" (R. Hammer, M. Pavlinec,
+N. Zarbock, A. Zeilmann; Goethe University Frankfurt, 2021).
+"""
 
 from typing import Any
 
@@ -43,11 +46,16 @@ def negatives(c: RunConfig, i: Tensor, labels: Tensor) -> Tensor:
 
 
 class Pairwise(Method, name="pairwise"):
-    """Cosine embedding loss (Sec. 3.4.2) of an image and its view, or of an image and a clean other one."""
+    """Pairwise learning uses the cosine embedding loss (student report, Sec. 3.4.2).
+    A pair is an image and its view, with y = 1, or an image and a clean one of another class, with y = -1.
+    The two are compared by the cosine of their vectors. The second kind of pair prevents collapse and needs
+    labels."""
 
     look = Look("Pairwise", "#B8860B", "1")
     axes = Axes(augment="report_simclr", encode="backbone", extract="last vector per image",
                 compare="cosine_embedding", loss="cosine_embedding, labelled negatives")
+    equation = r"""L(x_1, x_2, y) = \begin{cases} 1 - \cos(x_1, x_2), & y = 1 \\
+        \max(0, \cos(x_1, x_2) - \text{margin}), & y = -1 \end{cases}"""
     reads: tuple[str, ...] = ("per_class", "negatives", "batch_norm", "embed", "cos_margin")
     labels = True
 
@@ -70,11 +78,15 @@ class Pairwise(Method, name="pairwise"):
 
 
 class Triplet(Pairwise, name="triplet"):
-    """Triplet margin loss (Sec. 3.4.3): an image, its view, and a clean image to push away."""
+    """Triplet learning uses the triplet margin loss (student report, Sec. 3.4.3).
+    Two distances D are compared: that of an image to its view, and that to a clean image to push away, which
+    is of another class. The first should be shorter by a margin m. Without the second, all images could
+    collapse to one vector; it needs labels."""
 
     look = Look("Triplet", "#4477AA", "2")
     axes = Axes(augment="report_simclr", encode="backbone", extract="last vector per image",
                 compare="triplet, Euclidean", loss="triplet, labelled negatives")
+    equation = r"L = \max(0, m + D(X_i, X_i^+) - D(X_i, X_i^-))"
     reads = (*Pairwise.reads[:-1], "margin", "distance")
 
     @classmethod

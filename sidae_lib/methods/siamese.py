@@ -1,4 +1,7 @@
-"""Siamese methods without negatives (SimSiam: `sidae.py`): the loss of each keeps it from collapse."""
+"""Around the paper: Siamese methods without negatives.
+
+Each prevents collapse in its own way. SimSiam, which is one of them too, is in `sidae.py`.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +12,21 @@ from .base import Axes, Batch, Look, Method, MomentumCopy, Views, raised
 
 
 class BYOL(Method, name="byol"):
-    """BYOL (arXiv:2006.07733, eq. 2): 2 - 2 cos of each view's prediction and the other's target, summed.
+    """BYOL (arXiv:2006.07733, eq. 2): one view predicts what a momentum copy makes of the other.
+    The prediction q(z) is compared with this target by their cosine; the two directions are summed. The
+    predictor q and the slow target, which no gradient reaches, prevent collapse. The target is a copy of
+    encoder and projector, in training mode; its momentum rises from `ema` to 1.
 
-    The target is a copy of encoder and projector, in training mode; its momentum rises from `ema` to 1.
     Deviations: the views differ by solarisation alone; projector and predictor have a bias in their last
-    layer and none before BatchNorm, as in lightly (the official code: the other way round).
-    """
+    layer and none before BatchNorm, as in lightly (the official code: the other way round)."""
 
     look = Look("BYOL", "#CC79A7", "P")
     axes = Axes(augment="byol",
                 encode="backbone + 2-layer projector, predictor on one side; momentum copy as target",
                 extract="last vector per view", compare="cosine_similarity",
                 loss="neg_cosine to the target, no negatives")
+    equation = r"""L &= L_{\theta,\xi} + \tilde L_{\theta,\xi} \\ L_{\theta,\xi} &= 2 - 2 \,
+        \frac{\langle q_\theta(z_\theta), z'_\xi \rangle}{\|q_\theta(z_\theta)\| \, \|z'_\xi\|}"""
     reads = ("dim", "hidden", "pred_hidden", "ema")
 
     def __init__(self, c: RunConfig, classes: int = 0) -> None:
@@ -44,11 +50,19 @@ class BYOL(Method, name="byol"):
 
 
 class VICReg(Method, name="vicreg"):
-    """VICReg (arXiv:2105.04906): 25 invariance + 25 variance + covariance."""
+    """VICReg (arXiv:2105.04906, eq. 1 to 6) adds three terms: 25 invariance + 25 variance + covariance.
+    The invariance s compares the projections of the two views by their squared difference. The variance v
+    prevents collapse: every dimension's spread over the batch should reach 1. The covariance c keeps
+    dimensions from repeating each other. As in the official code, s is the mean over all elements and v
+    the mean over both views."""
 
     look = Look("VICReg", "#882255", "X")
     axes = Axes(augment="byol", encode="backbone + 3-layer expander", extract="last vector per view",
                 compare="mse_loss", loss="vicreg: invariance, variance, covariance; no negatives")
+    equation = r"""\ell(Z, Z') &= 25 \, s(Z, Z') + \tfrac{25}{2} [v(Z) + v(Z')] + c(Z) + c(Z') \\
+        s(Z, Z') &= \tfrac{1}{nd} \sum_i \|z_i - z'_i\|^2 \\
+        v(Z) &= \tfrac1d \sum_j \max \big( 0, 1 - \sqrt{\mathrm{Var}(z^j) + 10^{-4}} \big) \\
+        c(Z) &= \tfrac1d \sum_{i \ne j} [C(Z)]_{i,j}^2"""
     reads = ("dim", "hidden")
 
     def __init__(self, c: RunConfig, classes: int = 0) -> None:
@@ -63,17 +77,22 @@ class VICReg(Method, name="vicreg"):
 
 
 class DINO(Method, name="dino"):
-    """DINO without multi-crop (arXiv:2104.14294): the student predicts the other view's centred teacher.
+    """DINO without multi-crop (arXiv:2104.14294, eq. 2): a student predicts what a teacher says of the other
+    view. Both give scores g for P prototypes; as probabilities they are compared by cross-entropy H. The
+    teacher is a momentum copy; its momentum rises from `ema` to 1. Two things prevent collapse: the centre c,
+    a running mean of its scores, and its low temperature. In the first epoch the prototypes get no gradient
+    (weight decay keeps their directions). Records `teacher_entropy`: log P is one way to collapse, 0 the
+    other.
 
-    The teacher is a momentum copy, its momentum rises from `ema` to 1. In the first epoch the prototypes get
-    no gradient (weight decay keeps their directions). Records `teacher_entropy`: log P is one way to
-    collapse, 0 the other. Deviations: no bias in the head of three layers with BatchNorm, no clipping.
-    """
+    Deviations: no bias in the head of three layers with BatchNorm, no clipping."""
 
     look = Look("DINO", "#999933", "p")
     axes = Axes(augment="dino", encode="backbone + 3-layer projector + prototypes; momentum copy as teacher",
                 extract="scores of the last vector per view", compare="cosine with each prototype",
                 loss="dino, cross-entropy with the centred teacher, no negatives")
+    equation = r"""L &= \tfrac12 H(P_t(x_1), P_s(x_2)) + \tfrac12 H(P_t(x_2), P_s(x_1)) \\
+        P_t &= \mathrm{softmax}((g_{\theta_t} - c) / \tau_t) \\
+        P_s &= \mathrm{softmax}(g_{\theta_s} / \tau_s), \quad H(a, b) = -a \log b"""
     reads = ("dim", "hidden", "tau", "ema", "prototypes")
     TAU_T = 0.04
 
@@ -109,12 +128,17 @@ class DINO(Method, name="dino"):
 
 
 class BarlowTwins(VICReg, name="barlow_twins"):
-    """Barlow Twins (arXiv:2103.03230), lambda = 0.0051, on VICReg's expander."""
+    """Barlow Twins (arXiv:2103.03230, eq. 1) correlates the dimensions of the two views' projections.
+    C, their correlations over the batch (z is centred), is compared with the identity. Ones on its diagonal
+    make the views agree and every dimension vary; zeros beside it keep dimensions from repeating each other.
+    Together they prevent collapse. Here lambda = 0.0051, and the projector is VICReg's expander."""
 
     look = Look("Barlow Twins", "#44AA99", "h")
     axes = Axes(augment="byol", encode="backbone + 3-layer projector", extract="last vector per view",
                 compare="batch_norm, correlation of dimensions",
                 loss="barlow_twins, distance to the identity, no negatives")
+    equation = r"""L &= \sum_i (1 - C_{ii})^2 + \lambda \sum_i \sum_{j \ne i} C_{ij}^2 \\ C_{ij} &=
+        \frac{\sum_b z^A_{b,i} \, z^B_{b,j}}{\sqrt{\sum_b (z^A_{b,i})^2} \sqrt{\sum_b (z^B_{b,j})^2}}"""
 
     def loss(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         z1, z2 = map(self.embed, views)  # (B, D)

@@ -1,4 +1,7 @@
-"""SidAE and the two methods it joins: "Self-Supervised Siamese Autoencoders" (arXiv:2304.02549)."""
+"""The paper's methods: SidAE and the two that it joins.
+
+The paper is "Self-Supervised Siamese Autoencoders" (arXiv:2304.02549).
+"""
 
 import torch
 from torch import Tensor
@@ -10,16 +13,25 @@ from .base import Axes, Batch, Look, Method, Views
 NETWORK = ("dim", "hidden", "proj_affine")
 SIAMESE = ("pred_hidden", "predictor_lr")
 DECODER = ("decoder", "target", "recon", "recon_target", "output")
+# What the equations of these methods share.
+L_SI = r"\tfrac12 D(p_1, \mathrm{sg}(z_2)) + \tfrac12 D(p_2, \mathrm{sg}(z_1))"
+L_DAE = r"\tfrac12 \mathrm{MSE}(\hat x_1, x) + \tfrac12 \mathrm{MSE}(\hat x_2, x)"
+COSINE = r"D(p, z) &= -\frac{\langle p, z \rangle}{\|p\| \, \|z\|}"
 
 
 class SidAE(Method, name="sidae"):
-    """Siamese denoising autoencoder, Sec. 3.2: L = w L_si + (1 - w) L_dae.
-    w = 1 is SimSiam and runs no decoder, w = 0 the denoising autoencoder and runs no predictor."""
+    """SidAE, the Siamese denoising autoencoder (arXiv:2304.02549, Sec. 3.2), joins two methods.
+    SimSiam's loss `L_si` (eq. 1) compares the predictor's output p for one view with the projection z of the
+    other. The autoencoder's, `L_dae`, compares what the decoder makes of each z with the undisturbed image x.
+    The stop-gradient sg prevents collapse, and so does the decoder: one z cannot become every image.
+    At w = 1 it is SimSiam and runs no decoder; at w = 0 it is the autoencoder and runs no predictor."""
 
     look = Look("SidAE", "#D55E00", "o")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector; predictor and decoder on top",
                 extract="last vector per view", compare="cosine_similarity; mse_loss",
                 loss="sidae of neg_cosine with stop-gradient and recon_mse, no negatives")
+    equation = rf"""L &= w \, L_{{si}} + (1 - w) \, L_{{dae}} \\ L_{{si}} &= {L_SI} \\
+        L_{{dae}} &= {L_DAE} \\ {COSINE}"""
     reads = ("w", *NETWORK, *SIAMESE, *DECODER)
     fixed_w: float | None = None  # a class of its own may set it; else it is the config's
 
@@ -70,22 +82,30 @@ class SidAE(Method, name="sidae"):
 
 
 class SimSiam(SidAE, name="simsiam"):
-    """SimSiam (arXiv:2011.10566): SidAE at w = 1.
-    Deviations: a literal lr, cosine on the predictor too, blocks that do not start at 0 unless `zero_init`."""
+    """SimSiam (arXiv:2011.10566) is SidAE at w = 1: a view predicts the other view of the same image.
+    The predictor's output p for one view is compared with the projection z of the other. The stop-gradient
+    sg on z prevents collapse. It needs no negatives, no momentum network and no decoder.
+
+    Deviations: the learning rate is literal, not scaled with the batch; the predictor's follows the cosine
+    too, unless `predictor_lr` is "constant"; residual blocks do not start at 0 unless `zero_init`."""
 
     look = Look("SimSiam", "#0072B2", "s")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, predictor on one side",
                 extract="last vector per view", compare="cosine_similarity",
                 loss="neg_cosine with stop-gradient, no negatives")
+    equation = rf"L &= {L_SI} \\ {COSINE}"
     reads = (*NETWORK, *SIAMESE)
     fixed_w = 1.0
 
 
 class DenoisingAutoencoder(SidAE, name="dae"):
-    """The paper's autoencoder: SidAE at w = 0, two noisy views, each reconstructed to the clean image (Sec. 4.1)."""
+    """The paper's denoising autoencoder (arXiv:2304.02549, Sec. 4.1) is SidAE at w = 0.
+    From each of two noisy views the decoder reconstructs the image, and this is compared with the clean one.
+    Nothing else has to prevent collapse: one z cannot become every image."""
 
     look = Look("Autoencoder", "#009E73", "^")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, decoder on top",
                 extract="last vector per view", compare="mse_loss", loss="recon_mse, no negatives")
+    equation = f"L = {L_DAE}"
     reads = (*NETWORK, *DECODER)
     fixed_w = 0.0

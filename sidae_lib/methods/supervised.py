@@ -1,4 +1,4 @@
-"""The paper's yardsticks: the supervised network, and the untrained one."""
+"""The paper's yardsticks: a supervised network and an untrained one."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,12 +8,14 @@ from .base import Axes, Batch, Look, Method, Views
 
 
 class Supervised(Method, name="supervised"):
-    """A network trained from scratch with labels (arXiv:2304.02549 Sec. 4.1). The paper leaves the recipe
-    open; ours is its downstream one (lr 0.05, batch 256, 50 epochs), with and without augmentation."""
+    """The supervised network (arXiv:2304.02549, Sec. 4.1) is trained from scratch with labels.
+    The class scores s of an image are compared with its label y. The paper leaves the recipe open;
+    ours is its downstream one (lr 0.05, batch 256, 50 epochs), with and without augmentation."""
 
     look = Look("Supervised", "#000000")
     axes = Axes(augment="none", encode="backbone + fully connected layer",
                 extract="class scores of the first view", compare="none", loss="cross_entropy with labels")
+    equation = r"L = -\log \frac{\exp(s_y)}{\sum_c \exp(s_c)}"
     reads = ("labels", "label_count", "label_seed")
     labels = True
 
@@ -27,7 +29,8 @@ class Supervised(Method, name="supervised"):
 
 
 class Untrained(Method, name="untrained"):
-    """A network as initialised: a method that does not beat it has learned nothing. It is never stepped."""
+    """The untrained network is a backbone as it was initialised. Nothing is compared, and no step is taken.
+    A method that does not beat it has learned nothing."""
 
     look = Look("Untrained", "#7F7F7F")
     axes = Axes(augment="none", encode="backbone", extract="pooled vector", compare="none", loss="none")

@@ -1,0 +1,61 @@
+"""What the page of methods reads from the classes."""
+
+import inspect
+import re
+import sys
+
+from sidae_lib import methods
+
+# Six columns of words stand in one of the page's; on a phone equations are a little smaller.
+STYLE = """<style>
+table.axes { font-size: .78em; line-height: 1.35 }
+table.axes :is(th, td) { padding: .3em .5em }
+table.axes :is(th, td):nth-child(n + 3) { min-width: 8.5em }
+@media (max-width: 30em) { div.math { font-size: .85em } }
+</style>
+
+"""
+
+
+def linked(text: str) -> str:
+    """Markdown whose papers are links, and in which a line never ends at an equals sign."""
+    text = re.sub(r" = (?=\S)", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}", text)
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[\g<0>](https://arxiv.org/abs/\1)", text)
+
+
+def axes() -> str:
+    """The five choices of every method that has them by itself, as a table."""
+    rows = [["method", *methods.Axes.__dataclass_fields__], ["---"] * 6]
+    for name, a in methods.five_axes().items():
+        _, *others = (choice.replace("_", "_<wbr>") for choice in vars(a).values())
+        rows.append([f"[{methods.METHODS[name].look.name}](#method-{name})", f"`{a.augment}`", *others])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{STYLE}:::{{table}}\n:class: axes\n{table}\n:::"
+
+
+def entry(name: str) -> str:
+    """A method: its heading, its class's words and equation, and where the class stands."""
+    cls = methods.METHODS[name]
+    first, *more = linked(inspect.cleandoc(cls.__doc__ or "")).split("\n\n")
+    equation = [f"$$\n\\begin{{aligned}}\n{cls.equation}\n\\end{{aligned}}\n$$"] if cls.equation else []
+    file = cls.__module__.replace(".", "/")
+    place = f'<a href="_modules/{file}.html#{cls.__qualname__}"><code>{cls.__qualname__}</code></a>'
+    return "\n\n".join([f"(method-{name})=\n### {cls.look.name}", first, *equation, *more,
+                        f"In commands: `{name}`. Code: {place} in `{file}.py`."])
+
+
+def each_method() -> str:
+    """All of them by file: the first sentence of the file's docstring is a heading."""
+    files: dict[str, list[str]] = {}
+    for name, cls in methods.METHODS.items():
+        words = sys.modules[cls.__module__].__doc__ or cls.__module__.rpartition(".")[2]
+        files.setdefault(words, []).append(name)
+    parts = []
+    for words, names in files.items():
+        heading, _, more = inspect.cleandoc(words).partition(".")
+        parts += [f"## {' '.join(heading.split())}", linked(more.strip()), *map(entry, names)]
+    return "\n\n".join(parts)
+
+
+def made(scale: str) -> dict[str, str]:
+    return {"axes": axes(), "each_method": each_method()}

@@ -1,0 +1,183 @@
+"""What scoreboard.md shows: claims with their verdicts and cases, and published numbers beside ours."""
+
+import os
+import re
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from sidae_lib import claims, data, frames, methods, paths, recorded
+
+MARKS = {"supported": "▲", "supported in part": "△", "mixed": "◆", "undecided": "○",
+         "contradicted in part": "▽", "contradicted": "▼"}  # told apart without colours  # fmt: skip
+WROTE = ("Which claims the paper's own scale will decide was written down before its first long run, with the "
+         "probe, the epoch, the number of seeds and the interval: "
+         "[paper_scale.csv](../sidae_lib/paper_scale.csv). The intervals have become wider since, because they "
+         "hold the choice of the test images too.")  # fmt: skip
+
+
+def boards(scale: str) -> list[pd.DataFrame]:
+    """The scoreboard of the records that decide; and, for the book of the records, what paper scale has
+    besides: too few seeds yet. Each row has its scale."""
+    first = recorded.evaluations(scale)
+    out = [scaled(claims.scoreboard(first, scale), first, scale)]
+    if scale == recorded.BEST:
+        with data.as_published():
+            paper = recorded.evaluations("paper")
+        same = ["statement", "case", "n", "ours", "difference"]
+        rest = scaled(claims.scoreboard(paper, "paper"), paper, "paper")
+        rest = rest.merge(out[0][same], "left", same, indicator="known")
+        out.append(rest[rest.pop("known") == "left_only"])
+    return out
+
+
+def scaled(board: pd.DataFrame, records: dict[str, list], scale: str) -> pd.DataFrame:
+    """A scoreboard with the scale of each row: that of the records of its figure and set of images."""
+    about = pd.read_csv(Path(claims.__file__).with_name("claims.csv")).set_index("claim")["figure"]
+    figure = about[~about.index.duplicated()]
+    known = {name: {r["data"]["display"]: r.get("scale") or scale for r in found}
+             for name, found in records.items()}  # fmt: skip
+
+    def of(statement: str, case: str) -> str:
+        found = known[figure.get(statement, claims.TABLE)]
+        sets = [part for part in re.split(", | to ", case) if part in found]
+        return joined(found[part] for part in sets or found)
+
+    return board.assign(scale=[of(r.statement, r.case) for r in board.itertuples()])
+
+
+def joined(words: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(words))
+
+
+def kind(verdict: str) -> str:
+    """The key in MARKS of a claim's or a case's verdict."""
+    word, _, part = re.sub(r"[:(].*", "", verdict).strip().partition(" in ")
+    return f"{word} in part" if part else word
+
+
+def named(case: str) -> str:
+    """A case with its methods as figures name them."""
+    return kept(re.sub(r"\w+", lambda found: methods.NAMES.get(found[0], found[0]), case))
+
+
+def kept(text: str) -> str:
+    """As HTML, in which no line ends between a number and its % or its "Sec."."""
+    return re.sub(r"(?<=\.) (?=\d)| (?=%)", "&nbsp;", escape(text))
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def cell(text: str, key: object = None) -> str:
+    """key: what the column is sorted by, where it is not the text."""
+    return f'<td data-sort="{key}">{text}</td>' if key is not None else f"<td>{text}</td>"
+
+
+def marked(verdict: str, said: str = "") -> str:
+    word = kind(verdict)
+    mark = f'<span class="verdict {word.split()[0]}" aria-hidden="true">{MARKS[word]}</span>'
+    return cell(f"{mark} {escape(said or verdict)}", list(MARKS).index(word))
+
+
+def table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return body and f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def number(value: float, form: str = "+.2f") -> str:
+    return "" if pd.isna(value) else format(value, form)
+
+
+def cases(rows: pd.DataFrame) -> str:
+    """The table behind a claim."""
+    mixed = rows["scale"].nunique() > 1
+    heads = ["case", *["scale"] * mixed, "n", "points (95 % interval)", "p", "alone", "after Holm", "would decide"]
+    shown = []
+    for r in rows.to_dict("records"):
+        about = f"{number(r['low'])} to {number(r['high'])}" if pd.notna(r["low"]) else "-"
+        shown.append("".join([
+            cell(named(r["case"])), *[cell(r["scale"])] * mixed, cell(r["n"]),
+            cell(f"{number(r['difference'])} ({about})", r["difference"]), cell(number(r["p"], ".4f")),
+            marked(r["verdict"]), marked(r["after Holm"]),
+            cell(r["would decide"], re.sub(r"\D", "", r["would decide"])),
+        ]))  # fmt: skip
+    return table(heads, shown)
+
+
+def claim(c: dict, rows: pd.DataFrame) -> str:
+    """The row of one claim, from `claims.claims`, with its cases folded."""
+    alone = ", ".join(f"{c[verdict]} {verdict}" for verdict in claims.VERDICTS)
+    chance = f"Chance would decide {c['by chance']:g} of {c['tested']}."
+    about = f"Each tested case alone: {alone}. {chance}" if c["tested"] else ""
+    scale, n = joined(rows["scale"]), rows["n"].max()
+    verdict = c["verdict"] if c["tested"] else f"{scale} scale, n = {n}: undecided until three seeds"
+    fold = (f"<details><summary>{escape(c['statement'])}</summary>"
+            f'<div class="cases"><div>{about}{cases(rows)}</div></div></details>')  # fmt: skip
+    paper = kept(f"{c['paper']}, {c['source']}")
+    return "".join([cell(fold, escape(c["statement"])), cell(paper), cell(scale),
+                    marked(c["verdict"], verdict), cell(c["cases"])])  # fmt: skip
+
+
+def claimed(boards: list[pd.DataFrame]) -> str:
+    """All claims. Those of the records that decide come first."""
+    rows = []
+    for board in boards:
+        by = board[board["published"].isna()].groupby(claims.BOARD[:3])
+        rows += [claim(c, by.get_group(tuple(c[name] for name in claims.BOARD[:3])))
+                 for c in claims.claims(board).to_dict("records")]  # fmt: skip
+    return f'<div class="board">{table(["claim", "paper", "scale", "verdict", "cases"], rows)}</div>'
+
+
+def numbers(board: pd.DataFrame) -> str:
+    """The published numbers and ours."""
+    rows = []
+    for r in board.to_dict("records"):
+        beside = re.sub(r"^not comparable: (.* scale$)?", "", r["verdict"])
+        rows.append("".join([
+            cell(named(r["case"])), cell(methods.NAMES[r["statement"]]),
+            cell(frames.mean_se(r["published"], r["published_se"]), r["published"]),
+            cell(frames.mean_se(r["ours"], r["se"]), r["ours"]), cell(r["n"]),
+            cell(number(r["difference"]), r["difference"]), cell(r["scale"]), cell(beside),
+        ]))  # fmt: skip
+    heads = ["set, labels", "method", "published (se)", "ours (se)", "n", "difference", "scale", "ours is"]
+    return f'<div class="board">{table(heads, rows)}</div>'
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+def reading(boards: list[pd.DataFrame]) -> str:
+    """How many claims have which verdict, in sentences."""
+    found = claims.claims(boards[0])
+    if found.empty:
+        return "No claim has a record at this scale yet."
+    verdicts = found["verdict"].map(kind).value_counts()
+    counted = [f"- {MARKS[word]} **{word}**: {verdicts[word]}" for word in MARKS if word in verdicts]
+    few, tested = (found["tested"] == 0).sum(), found["tested"].sum()
+    decided = found["supported"].sum() + found["contradicted"].sum()
+    said = [f"The records speak to {len(found)} claims:", "", *counted, "",
+            f"All claims together have {tested} tested cases. Judged alone, {decided} of these are decided. Chance alone "
+            f"would decide about {found['by chance'].sum():.0f}."]  # fmt: skip
+    if few:
+        said.append(f"Of the undecided claims, {few} {'has' if few == 1 else 'have'} fewer than three seeds.")
+    if len(boards) > 1 and len(more := claims.claims(boards[1])):
+        said.append(f"At the paper's own scale, {len(more)} of the claims have records of fewer than three seeds. They stand "
+                    "at the end of the table. Once there are three seeds, that scale decides.")  # fmt: skip
+    return "\n".join(said)
+
+
+def files(scale: str) -> str:
+    path = paths.figures(scale) / "scoreboard.csv"
+    link = os.path.relpath(path, Path(__file__).parent)
+    return f"Every case and every number as a table: [scoreboard.csv]({link})." if path.exists() else ""
+
+
+def made(scale: str) -> dict[str, str]:
+    found = boards(scale)
+    rows = pd.concat([board[board["published"].notna()] for board in found])
+    return {"board_reading": reading(found), "board_claims": claimed(found), "board_numbers": numbers(rows),
+            "board_files": files(scale), "board_before": WROTE}  # fmt: skip

@@ -1,0 +1,156 @@
+"""The book's scoreboard says what `claims` says, its tables can be sorted, and the library's pages hold every module."""
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
+
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from test_book import CHROMIUM, FLAGS, browser_needed
+
+from sidae_lib import claims, differences, methods, paths, recorded
+
+BOOK = paths.ROOT / "book"
+SPEC = importlib.util.spec_from_file_location("scoreboard", BOOK / "scoreboard.py")
+scoreboard = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(scoreboard)
+ABOUT = ["paper", "source", "statement"]
+NAMED = {name + end: shown + end for name, shown in methods.NAMES.items() for end in ("", ",")}
+MARKED = {"supported": "▲", "undecided": "○", "contradicted": "▼"}
+
+
+def cells(row) -> list[str]:
+    return [cell.get_text(" ", strip=True).replace("\xa0", " ") for cell in row.find_all("td", recursive=False)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """Of the published records alone: the boards, and the tables of the page."""
+    empty = {f"SIDAE_{name}": str(tmp_path_factory.mktemp(name)) for name in ("RUNS", "DATA")}
+    with mock.patch.dict(os.environ, empty):
+        boards = scoreboard.boards("recorded")
+        paper = claims.scoreboard(recorded.evaluations("paper"), "paper")
+    rows = BeautifulSoup(scoreboard.claimed(boards), "html.parser").div.table.tbody.find_all("tr", recursive=False)
+    return SimpleNamespace(boards=boards, paper=paper, rows=rows, cases=[b[b["published"].isna()] for b in boards])
+
+
+def test_its_rows_are_the_claims_with_their_verdicts(page):
+    said = [c for board in page.boards for c in claims.claims(board).to_dict("records")]
+    assert len(page.rows) == len(said) > 0 and differences.SEEDS == 3  # the page's words say three
+    for c, row in zip(said, page.rows):
+        _, paper, scale, verdict, count = cells(row)
+        assert row.summary.text == c["statement"] and paper == f"{c['paper']}, {c['source']}" and count == str(c["cases"])
+        mark, words = verdict.split(" ", 1)
+        word = c["verdict"].split()[0]
+        assert mark == ({"supported": "△", "contradicted": "▽"} if " in " in c["verdict"] else MARKED)[word]
+        if c["tested"]:
+            assert words == c["verdict"] and f"{c['contradicted']} contradicted" in row.details.text
+        else:
+            n = max(int(cells(case)[-6]) for case in row.details.tbody.find_all("tr"))
+            assert words == f"{scale} scale, n = {n}: undecided until three seeds"
+
+
+def test_each_case_of_the_board_is_in_the_fold_of_its_claim(page):
+    expected = [part for cases in page.cases for _, part in cases.groupby(ABOUT, sort=False)]
+    for part, row in zip(expected, page.rows, strict=True):
+        shown = [cells(case) for case in row.details.tbody.find_all("tr")]
+        for c, (case, *_, n, points, p, alone, holm, decide) in zip(part.to_dict("records"), shown, strict=True):
+            assert case == " ".join(NAMED.get(word, word) for word in c["case"].split())
+            assert n == str(c["n"]) and float(points.split(" (")[0]) == c["difference"] and decide == c["would decide"]
+            assert pd.isna(c["low"]) or points.endswith(f"({c['low']:+.2f} to {c['high']:+.2f})")
+            assert p == ("" if pd.isna(c["p"]) else f"{c['p']:.4f}")
+            for verdict, key in ((alone, "verdict"), (holm, "after Holm")):
+                assert verdict == f"{MARKED[c[key].split()[0]]} {c[key]}"
+
+
+def test_the_reading_counts_the_verdicts(page):
+    found = claims.claims(page.boards[0])["verdict"]
+    counted = Counter(v.split()[0] + " in part" * (" in " in v) for v in found)
+    shown = re.findall(r"\*\*(.*)\*\*: (\d+)", words := scoreboard.reading(page.boards))
+    assert {word: int(n) for word, n in shown} == counted and f"{len(found)} claims" in words
+    tested = page.cases[0].query("n >= 3")
+    assert f"{len(tested)} tested cases" in words and f"{(tested['verdict'] != 'undecided').sum()} of these" in words
+
+
+def test_what_paper_scale_has_of_too_few_seeds_is_shown_once(page):
+    decides, besides = page.boards
+    same = ["statement", "case", "n", "ours", "difference"]
+    shown = [tuple(r) for board in page.boards for r in board[same].astype(str).to_numpy()]
+    assert len(shown) == len(set(shown)) and {tuple(r) for r in page.paper[same].astype(str).to_numpy()} <= {*shown}
+    assert {*besides["scale"]} <= {"paper"} and (besides.loc[besides["published"].isna(), "n"] < 3).all()
+    report = decides["paper"].str.contains("student report")
+    assert {*decides.loc[report, "scale"]} == {"paper"} and "laptop" in {*decides.loc[~report, "scale"]}
+
+
+def test_the_table_for_download_is_the_board(page):
+    kept = pd.read_csv(paths.ROOT / "figures" / "recorded" / "scoreboard.csv", keep_default_na=False)
+    board = page.boards[0].drop(columns="scale").to_csv(index=False)
+    assert kept.to_csv(index=False) == board
+
+
+def test_a_row_has_the_scale_of_its_images():
+    record = lambda name, scale: {"data": {"display": name}, "scale": scale}  # noqa: E731
+    found = {"accuracy_vs_epochs": [record("MNIST", "laptop"), record("CIFAR-10", "paper")],
+             claims.TABLE: [record("CIFAR-10", "quick")], "fine_tuning": [record("MNIST", "")]}  # fmt: skip
+    mine = "SidAE beats SimSiam and the autoencoder", "fine-tuned from pre-training beats training from scratch"
+    board = pd.DataFrame([(mine[0], "CIFAR-10, 1 %"), (mine[0], "MNIST, 1 %"), (mine[0], "MNIST, CIFAR-10"), (mine[0], "all"),
+                          ("sidae", "CIFAR-10, 1 %"), (mine[1], "MNIST")], columns=["statement", "case"])  # fmt: skip
+    scales = scoreboard.scaled(board, found, "smoke")["scale"]
+    assert [*scales] == ["paper", "laptop", "laptop and paper", "laptop and paper", "quick", "smoke"]
+
+
+def test_where_nothing_is_recorded_it_says_so(own_store):
+    made = scoreboard.made("smoke")
+    assert made["board_reading"] == "No claim has a record at this scale yet." and made["board_files"] == ""
+    assert "<table" not in made["board_claims"] + made["board_numbers"]
+
+
+# --- the head of a column --------------------------------------------------------------------------------------------------
+
+TABLE = """<table class="sortable"><thead><tr><th>name</th><th>points</th></tr></thead><tbody>
+<tr><td><details><summary>b</summary><table><tbody><tr><td>inside</td></tr></tbody></table></details></td><td>10</td></tr>
+<tr><td data-sort="c">C</td><td>-9.5</td></tr><tr><td>d</td><td></td></tr>
+<tr><td data-sort="a">a</td><td data-sort="9">so 9</td></tr>
+</tbody></table>"""
+
+
+@browser_needed
+def test_a_click_or_a_key_on_the_head_of_a_column_sorts(tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    script, wrong = (BOOK / "_static" / "sort.js").as_uri(), []
+    for name, body in {"table": TABLE, "plain": "<p>no table</p>"}.items():
+        (tmp_path / f"{name}.html").write_text(f'<!doctype html><script src="{script}"></script>{body}')
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto((tmp_path / "plain.html").as_uri())
+        page.goto((tmp_path / "table.html").as_uri())
+        rows = "body > table > tbody > tr"
+        names = lambda: page.eval_on_selector_all(rows, "all => all.map(r => r.innerText[0])")  # noqa: E731
+        name, points = page.get_by_role("button", name="name"), page.get_by_role("button", name="points")
+        points.click()
+        assert names() == ["C", "a", "b", "d"] and page.locator("th[aria-sort=ascending]").inner_text() == "points"
+        points.press("Enter")
+        assert names() == ["b", "a", "C", "d"] and page.locator("th[aria-sort=descending]").inner_text() == "points"
+        name.press("Enter")
+        assert names() == ["a", "b", "C", "d"] and page.locator("th[aria-sort]").count() == 1
+        name.click()
+        assert names() == ["d", "C", "b", "a"] and page.locator("tr:has(> td > details) details td").text_content() == "inside"
+        browser.close()
+    assert not wrong
+
+
+def test_every_module_is_on_one_page_of_the_library():
+    parts = [*BOOK.glob("api/*.md")]
+    listed = (BOOK / "api.md").read_text()
+    shown = re.findall(r"automodule:: ([\w.]+)", "".join([listed, *(f.read_text() for f in parts)]))
+    files = [f.relative_to(paths.ROOT).with_suffix("") for f in (paths.ROOT / "sidae_lib").rglob("*.py")]
+    modules = [".".join(f.parts).removesuffix(".__init__") for f in files if f.name != "__main__"]
+    assert sorted(shown) == sorted(modules)
+    assert sorted(f.stem for f in parts) == sorted(re.findall(r"^api/(\w+)$", listed, re.M))
