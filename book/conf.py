@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 default_role = "code"  # a docstring's single backticks
 autodoc_default_options = {"members": True, "undoc-members": True}
 autodoc_inherit_docstrings = False  # torch's say what any module is
+toc_object_entries = False  # a thousand names in every page's contents take ten seconds
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -51,7 +52,8 @@ html_show_search_summary = False  # a page that is opened as a file may not read
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_fullscreen_button": False,
                       "navbar_persistent": [],  # the sidebar has the search
-                      "footer_content_items": ["extra-footer"], "extra_footer": "Code: MIT licence. Papers and image sets keep their own."}  # fmt: skip
+                      "footer_content_items": ["extra-footer"],
+                      "extra_footer": "Code: MIT licence. Papers and image sets keep their own."}  # fmt: skip
 
 
 # --- chapters: the notebooks, or of a run those that it executed --------------------------------------------------

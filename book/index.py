@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pandas as pd
+from scoreboard import evaluations
 
 import sidae_lib
 from sidae_lib import claims, frames, paths, recorded, store
@@ -66,7 +67,7 @@ def made_with(records: list[Record]) -> str:
 
 
 def made(scale: str) -> dict[str, str]:
-    every = recorded.evaluations(scale)
+    every = evaluations(scale)
     if scale != recorded.BEST and not every.get(FIGURE):
         return made(recorded.BEST)
     shown = recorded.best(FIGURE)[1] if scale == recorded.BEST else [r | {"scale": scale} for r in every[FIGURE]]

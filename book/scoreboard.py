@@ -3,12 +3,14 @@
 import os
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
 from sidae_lib import claims, data, frames, methods, paths, recorded
+from sidae_lib.config import Record
 
 MARKS = {"supported": "▲", "supported in part": "△", "mixed": "◆", "undecided": "○",
          "contradicted in part": "▽", "contradicted": "▼"}  # told apart without colours  # fmt: skip
@@ -18,10 +20,15 @@ WROTE = ("Which claims the paper's own scale will decide was written down before
          "hold the choice of the test images too.")  # fmt: skip
 
 
+@lru_cache(maxsize=1)  # the front page asks for the same
+def evaluations(scale: str) -> dict[str, list[Record]]:
+    return recorded.evaluations(scale)
+
+
 def boards(scale: str) -> list[pd.DataFrame]:
     """The scoreboard of the records that decide; and, for the book of the records, what paper scale has
     besides: too few seeds yet. Each row has its scale."""
-    first = recorded.evaluations(scale)
+    first = evaluations(scale)
     out = [scaled(claims.scoreboard(first, scale), first, scale)]
     if scale == recorded.BEST:
         with data.as_published():
