@@ -174,8 +174,8 @@ def test_the_front_page_of_a_run(monkeypatch, tmp_path):
     found = recorded.evaluations("quick")["accuracy_vs_epochs"]
     assert {row[0] for row in rows(made["answer"])} == {"MNIST (5,000 digits)"}
     assert f"- {frames.found(found)}." in made["answer"] and "lies below the untrained network" in made["answer"]
-    monkeypatch.setattr(recorded, "evaluations", lambda scale: {})
-    assert page("index").made("quick")["answer"] == page("index").made("recorded")["answer"]
+    monkeypatch.setattr(index := page("index"), "evaluations", lambda scale: {})
+    assert index.made("quick")["answer"] == index.made("recorded")["answer"]
 
 
 def test_the_example_runs(own_store):
