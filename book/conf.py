@@ -112,7 +112,8 @@ def chapter(committed: Path) -> nbformat.NotebookNode:
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if SCALE != "recorded":
         own = shown(committed) != committed
-        said = f"Your run at scale {SCALE}." if own else f"Not run at scale {SCALE} here: the best on record."
+        said = (f"This is your run at scale {SCALE}." if own else
+                f"This chapter was not run at scale {SCALE}. It shows the best results on record.")  # fmt: skip
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{note}}\n{said}\n:::", id="which-run"))
     return nb
 
