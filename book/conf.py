@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 default_role = "code"  # a docstring's single backticks
 autodoc_default_options = {"members": True, "undoc-members": True}
 autodoc_inherit_docstrings = False  # torch's say what any module is
+add_module_names = False  # a page says which module it shows
 toc_object_entries = False  # a thousand names in every page's contents take ten seconds
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -46,6 +47,7 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_css_files = ["book.css"]
 html_js_files = ["sort.js"]
+html_domain_indices = False  # the list of modules is the pages of the library
 html_show_copyright = False
 html_show_sourcelink = False
 html_show_search_summary = False  # a page that is opened as a file may not read the others
@@ -134,9 +136,9 @@ for notebook in notebooks:
 # --- what pages say by what the code and the records know: {{ name }} in a page of MyST ---------------------------
 
 myst_substitutions = {"scale": SCALE}
-for file in sorted(HERE.glob("*.py")):
-    if file.name != "conf.py":
-        myst_substitutions |= importlib.import_module(file.stem).made(SCALE)
+for page in sorted(HERE.glob("*.md")):
+    if page.with_suffix(".py").exists():
+        myst_substitutions |= importlib.import_module(page.stem).made(SCALE)
 
 
 def setup(app: Sphinx) -> None:

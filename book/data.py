@@ -55,7 +55,7 @@ def counts() -> dict[str, tuple[Counter, Counter]]:
     trained = {}
     for r in store.every("run", store.published()):
         trained[r["key"]] = r["config"]["data"]
-        out[r["config"]["data"]][0][scale.get(r["key"], "beside the scales")] += 1
+        out[r["config"]["data"]][0][scale.get(r["key"], "no scale")] += 1
     for r in store.every("evaluation", store.published()):
         out[r["config"].get("data") or trained[r["run_key"]]][1][r["kind"]] += 1
     return out
@@ -63,12 +63,12 @@ def counts() -> dict[str, tuple[Counter, Counter]]:
 
 def table() -> str:
     """What is on record."""
-    lines = ["| set | runs trained on it | evaluations of it |", "|---|---|---|"]
+    lines = ["| set | runs trained on it | evaluations on it |", "|---|---|---|"]
     found = counts()
     for row in rows():
         runs, evals = found.get(fingerprint(row["name"]), (Counter(), Counter()))
-        by = ", ".join(f"{scale} {n}" for scale, n in runs.most_common())
-        lines.append(f"| {shown(row['name'])} | {runs.total():,}" + f" ({by})" * bool(by) + f" | {evals.total():,} |")
+        by = "".join(f"<br>{scale}: {n:,}" for scale, n in runs.most_common())
+        lines.append(f"| {shown(row['name'])} | {runs.total():,}{by} | {evals.total():,} |")
     return "\n".join(lines)
 
 

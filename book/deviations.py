@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from docutils.nodes import make_id
 
-from sidae_lib import augment, data, differences, experiments, frames, methods, scales, store
+from sidae_lib import augment, data, differences, experiments, frames, methods, places, scales, store
 from sidae_lib.config import EvalConfig, Record, RunConfig
 from sidae_lib.differences import Difference
 
 SHOWN = ("paper", "laptop", "quick")  # scales, the largest first; smoke is for tests
 OWNERS = {"RunConfig": RunConfig, "EvalConfig": EvalConfig}
 SCORED = {"test": "test images", "val": "held-out images"}
+DISPLAYS = dict(places.KNOWN.values())  # a set's name -> as it is shown
 
 
 def rows() -> list[dict[str, str]]:
@@ -65,7 +67,7 @@ def ours(row: dict[str, str]) -> str:
         said += "; " + ", ".join(f"at {name} scale `{value}`" for name, value in others.items())
     if (owner, field) == ("RunConfig", "augment"):
         grey = augment.VIEWS["simsiam_grey"].first
-        said += ", grey images `simsiam_grey`. Of the latter's operations the blur is "
+        said += "; for grey images `simsiam_grey`, whose blur is "
         said += code(next(op for op in grey if isinstance(op, augment.GaussianBlur)))
     return said + "."
 
@@ -73,26 +75,26 @@ def ours(row: dict[str, str]) -> str:
 def _downstream() -> str:
     run = scales.run("supervised", "cifar10", "paper")
     fields = ", ".join(f"`{k} = {getattr(run, k)}`" for k in ("epochs", *scales.DOWNSTREAM))
-    return f"{fields}; and once more with {code(scales.views('cifar10'))}."
+    return f"{fields}; and a second time with `augment = {scales.views('cifar10')}`."
 
 
 def _lengths(s: scales.Scale) -> str:
     sets: dict[str, list[str]] = {}
     for name in s.datasets:
         pool = f"{s.pool[name]:,}" if name in s.pool else "all"
-        sets.setdefault(f"{s.epochs[name]} epochs of {pool} images", []).append(name)
-    return ", ".join(f"{length} of {' and '.join(names)}" for length, names in sets.items())
+        sets.setdefault(f"{s.epochs[name]} epochs on {pool} images", []).append(DISPLAYS[name])
+    return " and ".join(f"{length} of {', '.join(names)}" for length, names in sets.items())
 
 
 def _per_scale(of: Callable[[scales.Scale], Any]) -> str:
-    return "; ".join(f"{name}: {of(scales.SCALES[name])}" for name in SHOWN) + "."
+    return "; ".join(f"at {name} scale {of(scales.SCALES[name])}" for name in SHOWN)
 
 
 BESIDE = {  # what no field of a config says
     "kind": lambda: ", ".join(map(code, scales.PROBES)) + ".",
     "supervised": _downstream,
-    "seeds": lambda: _per_scale(lambda s: len(s.seeds)),
-    "epochs": lambda: _per_scale(_lengths),
+    "seeds": lambda: f"{_per_scale(lambda s: len(s.seeds))}. Not all are on record.",
+    "epochs": lambda: f"{_per_scale(_lengths)}.",
 }
 
 # --- what was measured ------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def span(found: list[Difference]) -> str:
 
 
 def verdicts(found: list[Difference]) -> str:
-    counted = Counter(frames.told(d).rpartition(": ")[2] for d in found)
+    counted = Counter(frames.told(d).rpartition(": ")[2].partition(",")[0] for d in found)  # without why not judged
     return ", ".join(f"{word} in {k}" for word, k in counted.items())
 
 
@@ -216,9 +218,8 @@ def spread(scale: str, found: dict[str, list[Difference]], judged: bool = True) 
     """Differences of several cases in a line.  found: by method, in words or empty."""
     [*some] = next(iter(found.values()))
     n = sorted({len(d) for each in found.values() for d in each})
-    each = [f"{name} {span(d)}".strip() + f" ({verdicts(d)})" * judged for name, d in found.items()]
-    return (f"{scale} scale, {len(some)} cases of a set and a share of labels, n = {' or '.join(map(str, n))}, in points: "
-            f"{'; '.join(each)}.")
+    each = [f"{name} {span(d)} points".strip() + f" ({verdicts(d)})" * judged for name, d in found.items()]
+    return f"{scale} scale, {len(some)} cases, n = {' or '.join(map(str, n))}: {'; '.join(each)}."
 
 
 def other_probe(frame: pd.DataFrame, method: str) -> list[Difference]:
@@ -259,9 +260,9 @@ def classifiers() -> Iterator[str]:
                          for seed in s.seeds]
                 if found := records(asked):
                     sd = np.mean([np.std(r["each"], ddof=1) for r in found])
-                    yield (f"{scale} scale, {found[0]['data']['display']}, {frames.percent(labels)} of the labels: one "
-                           f"classifier lies {sd:.2f} points from the mean (standard deviation over {s.repeats} "
-                           f"classifiers, mean of {len(found)} runs).")
+                    yield (f"At {scale} scale, {found[0]['data']['display']}, {frames.percent(labels)} of the labels: the "
+                           f"standard deviation over {s.repeats} classifiers of a run is {sd:.2f} points (mean of "
+                           f"{len(found)} runs).")
 
 
 def found(row: dict[str, str]) -> list[str]:
@@ -269,14 +270,19 @@ def found(row: dict[str, str]) -> list[str]:
     owner, field = row["owner"], row["field"]
     shown = checkpoints().items()
     if (owner, field) == ("EvalConfig", "epoch"):
-        return [f"The best checkpoint on test instead, {spread(s, by_method(best_on_test, f), False)}" for s, f in shown]
+        best = "The checkpoint with the best test accuracy instead, at"
+        return [f"{best} {spread(s, by_method(best_on_test, f), False)}" for s, f in shown]
     if (owner, field) == ("EvalConfig", "repeats"):
         return [*classifiers()]
     if field == "kind":
-        return [f"Logistic regression instead, {spread(s, by_method(other_probe, f))}" for s, f in shown]
+        return [f"Logistic regression instead of this probe, at {spread(s, by_method(other_probe, f))}" for s, f in shown]
     if field == "supervised":
-        return [f"With augmentation less without, {spread(s, {'': augmented(f)})}" for s, f in shown]
-    return [measured(e) for e in effects(field)] if tried(row) else []
+        return [f"With augmentation minus without, at {spread(s, {'': augmented(f)})}" for s, f in shown]
+    by: dict[tuple, list[Difference]] = {}
+    for e in effects(field) if tried(row) else ():
+        by.setdefault((e.value, e.scale), []).append(e.gain)
+    return [f"`{field} = {value}` at {scale} scale: SidAE {span(d)} points in {len(d)} case{'s' * (len(d) > 1)} "
+            f"({verdicts(d)})." for (value, scale), d in by.items()]
 
 
 def tried(row: dict[str, str]) -> bool:
@@ -291,8 +297,9 @@ def card(row: dict[str, str]) -> str:
     said = found(row)
     lines = [f"- {line}" for line in said]
     effect = "\n".join(["", *(f"  {line}" for line in lines)]) if len(lines) > 1 else " " + (said or ["not measured."])[0]
-    return (f"### {row['title']}\n\n- **The paper says:** {row['paper']}\n- **We do:** {ours(row)}\n"
-            f"- **Why:** {row['why']}\n- **Measured effect:**{effect}\n")
+    each = " ([each case](#every-measured-change))" * bool(said and tried(row))
+    return (f"### {row['title']}\n\n- **The paper says:** {row['paper']}\n- **We use:** {ours(row)}\n"
+            f"- **Why:** {row['why']}\n- **Measured effect{each}:**{effect}\n")
 
 
 def bar(low: float, mean: float, high: float, reach: float) -> str:
@@ -311,15 +318,20 @@ def table() -> str:
     """Every effect with its interval as a picture, as HTML whose three parts stand below one another on a phone."""
     shown = every_effect()
     reach = max(abs(v) for e in shown if len(e.gain) > 1 for v in e.gain.interval())
-    out = []
+    title = {r["field"]: r["title"] for r in rows() if tried(r)}
+    out, field = [], ""
     for e in shown:
+        if e.field != field:
+            field = e.field
+            out.append('<div style="padding: 1rem 0 .3rem"><a href="'
+                       f'#{make_id(title[field])}"><strong>{title[field]}</strong></a></div>')
         mean, low, high = e.gain.interval()
         one = len(e.gain) < 2
-        said = f"{mean:+.2f}, one seed" if one else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        said = f"{mean:+.2f}" if one else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
         drawn = bar(mean, mean, mean, reach) if one else bar(low, mean, high, reach)
         parts = ((13, f"<code>{e.field} = {e.value}</code>, {frames.percent(e.labels)} of labels",
-                  f"{e.display}, {e.scale}", e.images), (13, f"SidAE {said}", drawn),
-                 (15.5, f"lead before {lead(e.before)}", f"lead after {lead(e.after)}"))
+                  f"{e.display}, {e.scale}"), (13, f"SidAE {said}", drawn),
+                 (15.5, f"lead before {lead(e.before)}", f"lead after {lead(e.after)}", f"n = {len(e.gain)}, {e.images}"))
         cells = (f'<div style="flex: 1 1 {width}rem">{"<br>".join(lines)}</div>' for width, *lines in parts)
         row = "display: flex; flex-wrap: wrap; gap: 0 .7rem; padding: .5rem 0; border-top: 1px solid var(--pst-color-border)"
         out.append(f'<div style="{row}">{"".join(cells)}</div>')
@@ -335,21 +347,27 @@ def reading() -> str:
     most = max(judged, key=lambda e: abs(e.gain.mean))
     turned = [e for e in judged if e.after["SidAE leads"] == "supported" != e.before["SidAE leads"]]
     named = [f"`{e.field} = {e.value}`, {e.display}, {frames.percent(e.labels)} of the labels" for e in apart]
-    grads = _gradients()
     pixels = RunConfig.size**2 * RunConfig.channels
+    narrow, wide = (scales.run("sidae", "cifar10", s) for s in ("laptop", "paper"))
     return "\n".join(f"- {line}" for line in (
-        f"Of {len(own)} choices that concern SidAE and its training, {len(other)} have been tried another way: "
-        f"{', '.join(map(code, other))}. So was twice the training. The others are not measured.",
-        f"Largest change of SidAE on record, of those with at least {differences.SEEDS} seeds: {measured(most)}",
-        f"In {len(apart)} of {len(judged)} cases SidAE with a change is told apart from SidAE without it, each case by its "
-        f"own 95 % interval{': ' * bool(named) + '; '.join(named)}. Chance alone would give about {0.05 * len(judged):.0f}.",
-        f"In {len(turned)} of {len(judged)} cases SidAE's lead has an interval above 0 with the change but not without.",
-        _probe(),
-        f"Not tried, and possibly the largest: `recon = sum`. It multiplies the reconstruction loss by the {pixels:,} values "
-        "of an image, so that the same weight names another method.",
-        f"The weight alone says little about the balance. {grads}",
-        "Not tried either: `stem = cifar`. It keeps far larger maps, needs another decoder's beginning than the paper "
-        "describes, and makes another network. No number here compares with one of that stem.",
+        f"**Size.** Not all results are at the paper's scale. At laptop scale the network is narrower (width {narrow.width} "
+        f"instead of {wide.width}), and it trains on fewer images and for fewer epochs "
+        f"([how many](#{make_id('The length of training below paper scale')})).",
+        "**Images.** Our CIFAR-10 is a copy that was once stored as JPEG, and Tiny ImageNet takes the place of STL-10 "
+        "([data](data.md)).",
+        f"**Choices that we tried another way.** Of {len(own)} open choices that concern SidAE and its training, these are "
+        f"{len(other)}: {', '.join(map(code, other))}. We also tried twice the training. The others are not measured.",
+        f"**What they changed.** We have {len(judged)} cases with at least {differences.SEEDS} seeds. In {len(apart)} of them "
+        f"the 95 % interval of SidAE's change does not contain 0{': ' * bool(named) + '; '.join(named)}. Chance alone would "
+        f"give about {0.05 * len(judged):.0f}. The verdict on whether SidAE leads changes in {len(turned)} of {len(judged)} "
+        "cases.",
+        f"**The largest change of a mean.** {measured(most)}",
+        f"**Another probe.** {_probe()}",
+        f"**Not tried: `recon = sum`.** It may matter most. It multiplies the reconstruction loss by {pixels:,}, the values of "
+        "an image, so that the same weight `w` means another balance of the two losses.",
+        "**Not tried: `stem = cifar`.** It gives far larger feature maps and needs a decoder that begins otherwise than the "
+        "paper's. That is another network, so do not compare our numbers with those of networks that have this stem.",
+        f"**How the losses are balanced** is seen in their gradients rather than in the weight. {_gradients()}",
     ))
 
 
@@ -357,20 +375,22 @@ def _probe() -> str:
     """Where another probe is told apart from the paper's."""
     found = {(m, s): d for s, f in checkpoints().items() for m, d in by_method(other_probe, f).items()}
     apart = {(m, s): [x for x in d if x.verdict() in ("supported", "contradicted")] for (m, s), d in found.items()}
-    named = [f"{m}, {s} scale, {span(d)} points in {len(d)} of {len(found[m, s])} cases"
+    named = [f"{m} at {s} scale ({span(d)} points, {len(d)} of {len(found[m, s])} cases)"
              for (m, s), d in apart.items() if d]
-    said = "Logistic regression instead of the paper's probe is told apart from it"
-    return f"{said} here: {'; '.join(named)}." if named else f"{said} in no case."
+    said = "With logistic regression instead of the paper's probe"
+    if not named:
+        return f"{said} no accuracy changes with an interval that does not contain 0."
+    return f"{said} these accuracies change, with an interval that does not contain 0: {'; '.join(named)}."
 
 
 def _gradients() -> str:
-    """How long the gradients of both losses are where they meet, of the standard runs at laptop scale."""
+    """How long the gradients of both losses are where they meet, in the standard runs at laptop scale."""
     keys = {scales.run("sidae", "cifar10", "laptop", seed).key() for seed in scales.SCALES["laptop"].seeds}
     lines = store.published()
     ends = [next(e for e in reversed(store.read(lines[k, k])["epochs"]) if "grad_si" in e) for k in sorted(keys)]
     ratio = np.mean([e["grad_dae"] / e["grad_si"] for e in ends])
-    return (f"At laptop scale on CIFAR-10, w = {RunConfig.w}, the reconstruction's gradient at the projection is {ratio:.2f} "
-            f"times as long as the siamese one after the last epoch (n = {len(ends)}).")
+    return (f"At laptop scale on CIFAR-10 with `w = {RunConfig.w}`, after the last epoch, the gradient of the reconstruction "
+            f"loss at the projection is {ratio:.2f} times as long as that of the siamese loss (n = {len(ends)}).")
 
 
 def stated(doc: str | None) -> str:

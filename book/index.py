@@ -52,8 +52,11 @@ def answer(records: list[Record], scale: str) -> str:
     board = claims.claims(recorded.claimed(FIGURE, scale, records)).set_index("statement")
     verdict = board["verdict"].get(CLAIM, "not tested")
     whose = "With your run, " * (scale != recorded.BEST)
-    lines = [f"{whose}SidAE has the highest mean {first}. The [claim](scoreboard.md) that {CLAIM} is **{verdict}**; fewer "
-             "than three seeds decide nothing. Test accuracy in percent after the last epoch:", "", accuracies(table), ""]
+    lines = [f"{whose}SidAE has the highest mean {first}. The [claim](scoreboard.md) that {CLAIM} is **{verdict}**. We decide "
+             "nothing on fewer than three seeds.", "",
+             "The table shows the test accuracy in percent after the last epoch: the mean over n seeds, the highest in bold. A "
+             "row is a case. A [scale](running.md#scales) is a size of the experiment: paper scale is the paper's own, laptop "
+             "and quick scale are smaller.", "", accuracies(table), ""]
     if scale != recorded.BEST:
         trained = store.recorded([EvalConfig.from_dict(r["config"]).run for r in records])
         found = [f"{said}." for said in [frames.found(records)] if said]
@@ -63,7 +66,7 @@ def answer(records: list[Record], scale: str) -> str:
 
 def made_with(records: list[Record]) -> str:
     on = sorted({f"{frames.hardware(r['provenance'])}, torch {r['provenance']['torch']}" for r in records})
-    return f"Made with sidae_lib {sidae_lib.__version__}. The records were made on {'; '.join(on)}."
+    return f"This book is made with sidae_lib {sidae_lib.__version__}. The records come from: {'; '.join(on)}."
 
 
 def made(scale: str) -> dict[str, str]:

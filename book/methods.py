@@ -6,12 +6,12 @@ import sys
 
 from sidae_lib import methods
 
-# Six columns of words stand in one of the page's; on a phone equations are a little smaller.
+# Six columns of words stand in one of the page's; on a phone equations are small enough to fit.
 STYLE = """<style>
 table.axes { font-size: .78em; line-height: 1.35 }
 table.axes :is(th, td) { padding: .3em .5em }
 table.axes :is(th, td):nth-child(n + 3) { min-width: 8.5em }
-@media (max-width: 30em) { div.math { font-size: .85em } }
+@media (max-width: 30em) { div.math { font-size: .76em } }
 </style>
 
 """
@@ -21,6 +21,20 @@ def linked(text: str) -> str:
     """Markdown whose papers are links, and in which a line never ends at an equals sign."""
     text = re.sub(r" = (?=\S)", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}", text)
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[\g<0>](https://arxiv.org/abs/\1)", text)
+
+
+def symbols(text: str) -> str:
+    """Markdown in which the letters of an equation look as they do there. a, A and I are words, but in "view A"."""
+    letter = (r"(?<![\w'])(theta|xi|tau|phi|lambda|(?<=view )A|[b-zB-HJ-Z]|[aA](?=[_^]))"
+              r"(?:([_^])(\w+|[+-])|([+-])|('))?(?![\w-]|\.\w)( = -?\d+(?:\.\d+)?)?")  # fmt: skip
+
+    def shown(found: re.Match[str]) -> str:
+        name, where, index, sign, prime, value = found.groups(default="")
+        name = f"\\{name}" if len(name) > 1 else name
+        return f"${name}{f'{where}{{{index}}}' if index else f'_{sign}' if sign else prime}{value}$"
+
+    parts = text.split("`")
+    return "`".join(part if k % 2 else re.sub(letter, shown, part) for k, part in enumerate(parts))
 
 
 def axes() -> str:
@@ -36,7 +50,8 @@ def axes() -> str:
 def entry(name: str) -> str:
     """A method: its heading, its class's words and equation, and where the class stands."""
     cls = methods.METHODS[name]
-    first, *more = linked(inspect.cleandoc(cls.__doc__ or "")).split("\n\n")
+    words = linked(symbols(inspect.cleandoc(cls.__doc__ or ""))).replace("Deviations:", "**Deviations:**")
+    first, *more = words.split("\n\n")
     equation = [f"$$\n\\begin{{aligned}}\n{cls.equation}\n\\end{{aligned}}\n$$"] if cls.equation else []
     file = cls.__module__.replace(".", "/")
     place = f'<a href="_modules/{file}.html#{cls.__qualname__}"><code>{cls.__qualname__}</code></a>'

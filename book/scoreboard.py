@@ -14,10 +14,9 @@ from sidae_lib.config import Record
 
 MARKS = {"supported": "▲", "supported in part": "△", "mixed": "◆", "undecided": "○",
          "contradicted in part": "▽", "contradicted": "▼"}  # told apart without colours  # fmt: skip
-WROTE = ("Which claims the paper's own scale will decide was written down before its first long run, with the "
-         "probe, the epoch, the number of seeds and the interval: "
-         "[paper_scale.csv](../sidae_lib/paper_scale.csv). The intervals have become wider since, because they "
-         "hold the choice of the test images too.")  # fmt: skip
+WROTE = ("Before the first long run at the paper's own scale we wrote down which claims it will decide, by which "
+         "probe, epoch, number of seeds and interval: [paper_scale.csv](../sidae_lib/paper_scale.csv). The intervals "
+         "have become wider since then, because they now allow for the choice of the test images too.")  # fmt: skip
 
 
 @lru_cache(maxsize=1)  # the front page asks for the same
@@ -102,13 +101,13 @@ def number(value: float, form: str = "+.2f") -> str:
 def cases(rows: pd.DataFrame) -> str:
     """The table behind a claim."""
     mixed = rows["scale"].nunique() > 1
-    heads = ["case", *["scale"] * mixed, "n", "points (95 % interval)", "p", "alone", "after Holm", "would decide"]
+    heads = ["case", *["scale"] * mixed, "n", "difference (95 % interval)", "p", "alone", "after Holm", "would decide"]
     shown = []
     for r in rows.to_dict("records"):
-        about = f"{number(r['low'])} to {number(r['high'])}" if pd.notna(r["low"]) else "-"
+        about = f" ({number(r['low'])} to {number(r['high'])})" if pd.notna(r["low"]) else ""
         shown.append("".join([
             cell(named(r["case"])), *[cell(r["scale"])] * mixed, cell(r["n"]),
-            cell(f"{number(r['difference'])} ({about})", r["difference"]), cell(number(r["p"], ".4f")),
+            cell(f"{number(r['difference'])}{about}", r["difference"]), cell(number(r["p"], ".4f")),
             marked(r["verdict"]), marked(r["after Holm"]),
             cell(r["would decide"], re.sub(r"\D", "", r["would decide"])),
         ]))  # fmt: skip
@@ -118,8 +117,8 @@ def cases(rows: pd.DataFrame) -> str:
 def claim(c: dict, rows: pd.DataFrame) -> str:
     """The row of one claim, from `claims.claims`, with its cases folded."""
     alone = ", ".join(f"{c[verdict]} {verdict}" for verdict in claims.VERDICTS)
-    chance = f"Chance would decide {c['by chance']:g} of {c['tested']}."
-    about = f"Each tested case alone: {alone}. {chance}" if c["tested"] else ""
+    chance = f"Chance alone would decide about {c['by chance']:g} of {c['tested']}."
+    about = f"If each tested case stood alone: {alone}. {chance}" if c["tested"] else ""
     scale, n = joined(rows["scale"]), rows["n"].max()
     verdict = c["verdict"] if c["tested"] else f"{scale} scale, n = {n}: undecided until three seeds"
     fold = (f"<details><summary>{escape(c['statement'])}</summary>"
@@ -166,21 +165,21 @@ def reading(boards: list[pd.DataFrame]) -> str:
     counted = [f"- {MARKS[word]} **{word}**: {verdicts[word]}" for word in MARKS if word in verdicts]
     few, tested = (found["tested"] == 0).sum(), found["tested"].sum()
     decided = found["supported"].sum() + found["contradicted"].sum()
-    said = [f"The records speak to {len(found)} claims:", "", *counted, "",
-            f"All claims together have {tested} tested cases. Judged alone, {decided} of these are decided. Chance alone "
-            f"would decide about {found['by chance'].sum():.0f}."]  # fmt: skip
+    said = [f"Our records say something about {len(found)} claims:", "", *counted, "",
+            f"All claims together have {tested} tested cases. If each case stood alone, {decided} of these would be decided. "
+            f"If all differences were only chance, about {found['by chance'].sum():.0f} would be."]  # fmt: skip
     if few:
         said.append(f"Of the undecided claims, {few} {'has' if few == 1 else 'have'} fewer than three seeds.")
     if len(boards) > 1 and len(more := claims.claims(boards[1])):
-        said.append(f"At the paper's own scale, {len(more)} of the claims have records of fewer than three seeds. They stand "
-                    "at the end of the table. Once there are three seeds, that scale decides.")  # fmt: skip
+        said.append(f"The paper's own scale has records for {len(more)} of the claims, but so far of fewer than three "
+                    "seeds. These stand at the end of the table. Once there are three seeds, that scale decides.")  # fmt: skip
     return "\n".join(said)
 
 
 def files(scale: str) -> str:
     path = paths.figures(scale) / "scoreboard.csv"
     link = os.path.relpath(path, Path(__file__).parent)
-    return f"Every case and every number as a table: [scoreboard.csv]({link})." if path.exists() else ""
+    return f"All cases and numbers are in one table too: [scoreboard.csv]({link})." if path.exists() else ""
 
 
 def made(scale: str) -> dict[str, str]:

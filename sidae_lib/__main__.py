@@ -85,7 +85,6 @@ def _parser() -> _Parser:
     add("--out", type=Path, metavar="FILE", help="also write the times to this CSV")
     add = command(_adopt, "adopt", "file finished records of a store or a bundle under records/")
     add("sources", nargs="+", type=Path, metavar="STORE|FILE")
-    command(_readme, "readme", "write the README's tables anew from the records")
     command(_book, "book", "build the book, as ./run_all.sh does; executes nothing", prog="./run_all.sh book")(
         "scale", nargs="?", choices=SHOWN, default="recorded", metavar="SCALE", help="whose run the chapters show, "
         f"where there is one: {', '.join(SHOWN)}")
@@ -237,7 +236,7 @@ def _adopt(args: argparse.Namespace) -> None:
         for name, keys in wanted(scale).items():
             if found := sum(key in new for key in keys):
                 print(f"{name} at scale {scale}: {found} new records; draw its figures anew "
-                      f"(./run_all.sh {scale} --only NOTEBOOK) and run `python -m sidae_lib readme`.")
+                      f"(./run_all.sh {scale} --only NOTEBOOK) and run `python book/readme.py`.")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -294,69 +293,6 @@ def _book(args: argparse.Namespace) -> int:
         raise SidaeError(fault or f"There is no book in {paths.ROOT}; run from a checkout.")
     print(fault, f"The book: {page}", sep="\n" * bool(fault))
     return int(bool(fault))
-
-
-def _results(recorded: dict[str, dict]) -> list[dict[str, Any]]:
-    """The last checkpoints by the paper's probe beside the paper's Table 1: each set at its largest scale."""
-    from . import claims, experiments, frames, methods
-
-    rows: list[dict[str, Any]] = []
-    for scale in ("paper", "laptop"):
-        found = [recorded[e.key()] for e in experiments.accuracy_vs_epochs(scale)[1] if e.key() in recorded]
-        table = claims.beside_published(frames.summary(frames.evaluations(found))) if found else None
-        if table is None:
-            continue
-        table = table[~table["display"].isin([row["data"] for row in rows])]
-        table = table[(table["method"] != "supervised") | (table["augment"] == "none")]
-        for (display, less), part in table.groupby(["display", -table["labels"]]):
-            usual, cells = part["n"].mode().iloc[0], dict[str, str]()
-            for r in part.itertuples():
-                paper, seeds = f"<br>*{r.paper}*" * bool(r.paper), f"<br>n = {r.n}" * int(r.n != usual)
-                cells[methods.NAMES.get(r.method, r.method)] = f"{r.ours}{paper}{seeds}"
-            rows.append({"data": display, "labels": frames.percent(-less), **cells, "n, scale": f"{usual}, {scale}"})
-    return rows
-
-
-def _figures() -> list[dict[str, Any]]:
-    """The notebooks in the book's order: what each asks, the figures that it repeats, its minutes at scale quick."""
-    import json
-    import re
-
-    import pandas as pd
-
-    clock = pd.read_csv(paths.figures("quick") / "timings.csv").set_index("notebook")["seconds"]
-    papers = {"2304.02549": "SidAE", "SePP-ID": "SePP-ID", "Hammer": "the student report", "2009.00104": "Falcon & Cho"}
-    rows = []
-    for name in re.findall(r"^chapters/(\w+)$", (paths.ROOT / "book" / "index.md").read_text(), re.M):
-        nb = json.loads((paths.ROOT / "notebooks" / f"{name}.ipynb").read_text())
-        text = "".join(nb["cells"][0]["source"])
-        source = next((line for line in text.splitlines() if line.startswith(("Paper: ", "Source: "))), "")
-        of = [said for key, said in papers.items() if key in source]
-        shown = re.findall(r"(?:Figure|Table)s? \d+(?:(?:, | and | to )\d+)*", source)
-        rows.append({"notebook": f"{name[:2]} [{text.splitlines()[0][2:]}](notebooks/{name}.ipynb)",
-                     "source": ", ".join([*of, *shown]), "minutes": f"{clock[name] / 60:.1f}"})
-    return rows
-
-
-def readme(text: str) -> str:
-    """The README with its tables made anew, every number read from a record or the batch run's own clock."""
-    from . import store
-
-    recorded = {r["key"]: r for r in store.every("evaluation", store.published())}
-    for name, rows in {"results": _results(recorded), "minutes": _figures()}.items():
-        head, *body = [f"| {' | '.join(map(str, row))} |" for row in (rows[0], *(r.values() for r in rows))]
-        table = "\n".join([head, "|---" * len(rows[0]) + "|", *body])
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        after = rest.partition(f"<!-- /{name} -->")[2]
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
-    return text
-
-
-def _readme(args: argparse.Namespace) -> None:
-    from . import train
-
-    path = paths.ROOT / "README.md"
-    train.write(path, readme(path.read_text()).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Methods by name. To add one: write a `Method` with a `name` in a file of this folder. In the book a file is
 a group of methods: the first sentence of its docstring is the heading, the rest is the introduction.
 
-Deviations of all from the official codes: SGD for LARS and AdamW, crops bilinear (official: bicubic), no blur
-at 32 pixels, residual blocks that do not start at 0 unless `zero_init`. A class names its own beside them.
+Deviations of all from the official codes: SGD instead of LARS and AdamW; crops bilinear (official: bicubic);
+no blur at 32 pixels; the last BatchNorm of a residual block does not start at 0, unless `zero_init` is set.
 """
 
 import dataclasses

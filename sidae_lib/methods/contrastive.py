@@ -1,7 +1,9 @@
 """Around the paper: methods with negatives.
 
-All use `losses.info_nce`; they differ in what is compared with what. Row r of a batch holds view 1 of image
-`i[r]` and view 2 of image `j[r]`, which is the same image except in a semantic pair.
+A negative is an output for another image. A view has to find its partner among many negatives, so not all
+images can get the same output. All these methods use `losses.info_nce`; they differ in what is compared
+with what. In the code, row r of a batch holds view 1 of image `i[r]` and view 2 of image `j[r]`. These are
+the same image, except in a semantic pair.
 """
 
 import torch
@@ -47,12 +49,13 @@ class Queue(nn.Module):
 
 
 class SimCLR(Contrastive, name="simclr"):
-    """SimCLR (arXiv:2002.05709, eq. 1): each of the 2B views of a batch has to find its twin.
-    The projections of two views are compared by their cosine. The other images of the batch are the
-    negatives, which prevent collapse, so it gains from large batches. The head has three layers, as in the
-    released code. The loss is the mean over the 2B views, half the official code's value.
+    """SimCLR (arXiv:2002.05709, eq. 1): each of the 2 B views of a batch of B images has to find its twin.
+    The twin of a view i is the other view j of the same image. The projections z of two views are compared by
+    their cosine. The views of the other images are the negatives, which prevent collapse. So large batches
+    help. The head has three layers, as in the released code. The loss is the mean over all 2 B views; the
+    official code's value is twice as large.
 
-    Deviations: BatchNorm sees each view apart."""
+    Deviations: BatchNorm normalises the first and the second views apart, not all of them together."""
 
     look = Look("SimCLR", "#56B4E9", "D")
     axes = Axes(augment="simclr", encode="backbone + 3-layer projector", extract="last vector per view",
@@ -103,15 +106,16 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 class MoCo(Contrastive, name="moco_v2"):
     """MoCo v2 (arXiv:2003.04297), as in the official CIFAR demo: a query has to find its key among K others.
-    The query q is one view; its key k+, the other view, comes from a momentum copy of the network. A queue of
-    earlier keys holds the negatives, which prevent collapse, so a small batch will do.
+    The network makes the query q from one view. A momentum copy of the network makes its key k+, which is
+    k_0 in the sum, from the other view. The copy's weights theta_k follow the network's, theta_q, slowly. A
+    queue of K earlier keys holds the negatives, which prevent collapse. So a small batch is enough.
 
-    BatchNorm sees `splits` parts of the batch apart, other parts of the keys than of the queries (shuffle-BN,
-    by a fixed shuffle, since an epoch's order is random). `symmetric` adds the other direction, twice the
-    gradient, and enqueues both keys.
+    BatchNorm normalises `splits` parts of a batch apart, and keys are divided otherwise than queries
+    (shuffle-BN). The shuffle is fixed, since an epoch's order is random anyway. `symmetric` adds the other
+    direction: this doubles the gradient, and both keys enter the queue.
 
-    Deviations: the head has two layers, as in v2 (demo: one); `leave_out` = "same" leaves out an anchor's
-    earlier views in the queue ("none" is the official code)."""
+    Deviations: the head has two layers, as in v2 (the demo has one); earlier views of the query's own image
+    are left out of its negatives, unless `leave_out` is "none", as in the official code."""
 
     look = Look("MoCo v2", "#E69F00", "v")
     axes = Axes(augment="simclr", encode="backbone + 2-layer MLP; momentum copy for keys",
@@ -164,13 +168,13 @@ class MoCo(Contrastive, name="moco_v2"):
 
 
 class NNCLR(Contrastive, name="nnclr"):
-    """NNCLR (arXiv:2104.14548, eq. 2 to 4): the nearest neighbour of a view takes its place.
-    It is sought in a queue Q of earlier projections of view 1. It has to find the prediction p of the
-    other view among those of the batch; the loss is the mean of both directions. The predictions for
-    other images are the negatives, which prevent collapse.
+    """NNCLR (arXiv:2104.14548, eq. 2 to 4): a view is replaced by its nearest neighbour.
+    This, NN(z, Q), is looked up in a queue Q of earlier projections of first views. The neighbour has to find p^+, the
+    prediction for the other view, among the predictions for all images k of the batch. Those for other images
+    are the negatives, which prevent collapse. The loss is the mean of both directions.
 
-    Records, of view 1's neighbours: `nn_accuracy`, the share with the anchor's label (noise counts as wrong),
-    and `nn_same`, the share of earlier views of the same image."""
+    It records two shares of the first views' neighbours: `nn_accuracy`, those with the view's label (the noise
+    that fills the queue at first counts as wrong), and `nn_same`, those that are views of the same image."""
 
     look = Look("NNCLR", "#332288", "<")
     axes = Axes(augment="simclr", encode="backbone + 3-layer projector, predictor on one side",
@@ -208,15 +212,16 @@ class NNCLR(Contrastive, name="nnclr"):
 
 
 class FNC(SimCLR, name="fnc"):
-    """FNC, false negative cancellation (arXiv:2011.11765), is SimCLR with `support` more views of each image.
-    It seeks false negatives: of the views of other images, those whose cosine with any view of an image
-    (their maximum) is among the `top` and above `threshold`. `attract` makes them positives, as in the
-    official code, where all views are anchors, positives and support: P_i then holds them beside the image's
-    other views. `eliminate` leaves them out of the sum over k. The other negatives prevent collapse.
+    """FNC, false negative cancellation (arXiv:2011.11765), is SimCLR that looks for false negatives.
+    These are other images of the same kind. Each image has `support` more views. A view of another image is
+    scored by its highest cosine with any view of this image. It counts as found if its score is among the
+    `top` highest and above `threshold`. If `cancel` is "attract", what is found becomes positive: P_i holds it
+    beside the image's other views. All views are then anchors, positives and support, as in the official code.
+    If it is "eliminate", what is found is left out of the sum over k. The other negatives prevent collapse.
 
-    Records per image: `fn_found`, how many were found, `fn_right`, how many of them have its label, and
-    `fn_all`, how many have it at all. With ordinary pairs (i, i) the precision is fn_right / fn_found, the
-    recall fn_right / fn_all.
+    It records, per image, `fn_found`, how many views were found, `fn_right`, how many of these have its label,
+    and `fn_all`, how many have its label at all. With ordinary pairs, of an image with itself, the precision
+    is `fn_right` / `fn_found`, and the recall is `fn_right` / `fn_all`.
 
     Deviations: no RandAugment, no memory of momentum embeddings."""
 

@@ -1,6 +1,6 @@
 """Around the paper: methods that compare places of feature maps.
 
-The last of them is made of any five choices (arXiv:2009.00104).
+A map has a vector for each place. The last of these methods is made of any five choices (arXiv:2009.00104).
 """
 
 import re
@@ -55,12 +55,12 @@ class Context(nn.Module):
 
 class CPC(Method, name="cpc_v2"):
     """CPC v2 (arXiv:1905.09272): the upper part of an image predicts the patches below.
-    The context c of a place (i, j), which sees row i and those above, predicts the patch k rows below, for
-    each k that `extract` names. The prediction is compared with every patch of the batch; all but the right
-    one are negatives, which prevent collapse. It needs an encoder of patches.
+    The context c in row i and column j sees row i and those above. It predicts z, the vector of the patch k
+    rows below, for each k that `extract` names. The prediction is compared with the z_l of every patch l of
+    the batch. All but the right one are negatives, which prevent collapse. It needs an encoder of patches.
 
-    The loss is a sum over rows of mean cross-entropies; a row named n times counts n times (bolts, on a 7x7
-    grid, counts "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6", and its rows share one prediction head).
+    Cross-entropies are averaged for each k and then summed. A k that is named n times counts n times. (The
+    library bolts, on a 7x7 grid, names "2,3,3,4,4,4,5,5,5,5,6,6,6,6,6"; its k share one prediction head W.)
 
     Deviations: no augmentation per patch."""
 
@@ -138,14 +138,17 @@ def comparisons(text: str) -> list[tuple[int, tuple[int, ...]]]:
 
 
 class Composed(Method):
-    """A composed method is made of any five choices on the axes of Falcon and Cho (arXiv:2009.00104). Each is
-    a field of the config: `augment`, `backbone`, `extract`, `compare`, `loss`. Places or vectors of two views
-    are compared; other images are the negatives, which prevent collapse.
+    """A composed method is made of any five choices on the axes of Falcon and Cho (arXiv:2009.00104).
+    Each is a field of the config: `augment`, `backbone`, `extract`, `compare`, `loss`. Vectors u and v of two
+    views, of D numbers each, get a score s. It is s+ if they are of the same image, else s-. The other images
+    are the negatives, which prevent collapse.
 
-    `extract` is "vector": the projections of both views, each against all others, as SimCLR. Or it is
-    `comparisons`: one random place per image of one view's map against all places of the other view's, both
-    ways. `compare` is cosine / tau; or it is dot / sqrt(D), clipped softly, and then 0.05 times the mean
-    square of the scores joins the loss. In `nce` a positive stands against negatives alone."""
+    `extract` is "vector": the projections of both views, each against all others, as in SimCLR. Or it lists
+    comparisons of maps, such as "01,11": one random place per image of one view's map against all places of
+    the other view's map, both ways. `compare` is "cosine", divided by tau. Or it is "dot", divided by the
+    root of D and clipped softly at c (the field `clip`); then 0.05 times the mean square of the scores before
+    clipping joins the loss. In "nce" a positive stands against the negatives alone, in "info_nce" against the
+    other positives too."""
 
     look = Look("Composed", "#225555", "4")
     axes = Axes(augment="yadim", encode="any backbone", extract='"vector" or comparisons of maps',
@@ -251,10 +254,11 @@ class Composed(Method):
 
 class AMDIM(Composed, name="amdim"):
     """AMDIM (arXiv:1906.00910, eq. 4): a place of one view's map has to find places of the other view's maps.
-    The map of 1x1 finds those of 5x5 and 7x7, a place of 5x5 those of 5x5, both ways. The scores s are dot
-    products, clipped softly; the mean square of all of them joins the loss. Places of other images are the
-    negatives N, which prevent collapse. It needs a backbone with maps; on another than AMDIM's own, its last
-    three maps stand in for these."""
+    Its encoder's last three maps have 1x1, 5x5 and 7x7 places. The map of 1x1 has to find the places of the
+    5x5 and of the 7x7 map; a place of the 5x5 map has to find those of the 5x5 map, always both ways. f_a and
+    f_b are the vectors of two places, of d numbers each. Their score s is a dot product; phi is s clipped
+    softly at c. The mean square of all s joins the loss. Places of other images are the negatives N, which
+    prevent collapse. It needs a backbone with maps. If this is not AMDIM's own, its last three maps are used."""
 
     look = Look("AMDIM", "#AA4466", "d")
     axes = Axes(augment="amdim", encode="AMDIM's encoder + embeddings", extract=EXTRACTS["amdim"],
@@ -265,12 +269,12 @@ class AMDIM(Composed, name="amdim"):
 
 
 class YADIM(Composed, name="yadim"):
-    """YADIM-like (arXiv:2009.00104): a DIM that takes any encoder, as the paper's abstract and its authors'
-    library make likely. A place of one view's last map has to find the places of the other view's last map,
-    both ways, by AMDIM's scores; each view has its own flip. Places of other images are the negatives N,
-    which prevent collapse. It needs a backbone with maps.
+    """YADIM-like (arXiv:2009.00104): AMDIM's loss for any encoder. This is our guess: the paper's abstract and its
+    authors' library make it likely. A place of one view's last map has to find the places of the other view's
+    last map, both ways, by AMDIM's scores. Each view is mirrored or not on its own. Places of other images are
+    the negatives N, which prevent collapse. It needs a backbone with maps.
 
-    Deviations: not known, since the paper's body and YADIM's code could not be had."""
+    Deviations: not known, since we could get neither the paper's full text nor YADIM's code."""
 
     look = Look("YADIM-like", "#117733", "*")
     axes = Axes(augment="yadim", encode="any backbone with maps + BatchNorm of each map",

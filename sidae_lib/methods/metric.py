@@ -1,6 +1,6 @@
 """Around the paper: pairwise and triplet learning.
 
-Both have negatives of another class, as in the student report "Contrastive learning" (R. Hammer, M. Pavlinec,
+Both push images of another class away, as in the student report "Contrastive learning" (R. Hammer, M. Pavlinec,
 N. Zarbock, A. Zeilmann; Goethe University Frankfurt, 2021).
 """
 
@@ -48,13 +48,13 @@ def negatives(c: RunConfig, i: Tensor, labels: Tensor) -> Tensor:
 class Pairwise(Method, name="pairwise"):
     """Pairwise learning uses the cosine embedding loss (student report, Sec. 3.4.2).
     A pair is an image and its view, with y = 1, or an image and a clean one of another class, with y = -1.
-    The two are compared by the cosine of their vectors. The second kind of pair prevents collapse and needs
-    labels."""
+    x_1 and x_2 are here the two vectors that the network makes of a pair; they are compared by their cosine.
+    The second kind of pair prevents collapse. It needs labels."""
 
     look = Look("Pairwise", "#B8860B", "1")
     axes = Axes(augment="report_simclr", encode="backbone", extract="last vector per image",
                 compare="cosine_embedding", loss="cosine_embedding, labelled negatives")
-    equation = r"""L(x_1, x_2, y) = \begin{cases} 1 - \cos(x_1, x_2), & y = 1 \\
+    equation = r"""L = \begin{cases} 1 - \cos(x_1, x_2), & y = 1 \\
         \max(0, \cos(x_1, x_2) - \text{margin}), & y = -1 \end{cases}"""
     reads: tuple[str, ...] = ("per_class", "negatives", "batch_norm", "embed", "cos_margin")
     labels = True
@@ -79,9 +79,9 @@ class Pairwise(Method, name="pairwise"):
 
 class Triplet(Pairwise, name="triplet"):
     """Triplet learning uses the triplet margin loss (student report, Sec. 3.4.3).
-    Two distances D are compared: that of an image to its view, and that to a clean image to push away, which
-    is of another class. The first should be shorter by a margin m. Without the second, all images could
-    collapse to one vector; it needs labels."""
+    An image X has a view X^+ and a clean image X^- of another class. D is the distance of the vectors that the
+    network makes of two images. X should be nearer to X^+ than to X^-, by a margin m. Without X^-, all images
+    could collapse to one vector. It needs labels."""
 
     look = Look("Triplet", "#4477AA", "2")
     axes = Axes(augment="report_simclr", encode="backbone", extract="last vector per image",

@@ -1,6 +1,6 @@
 """Around the paper: Siamese methods without negatives.
 
-Each prevents collapse in its own way. SimSiam, which is one of them too, is in `sidae.py`.
+Each prevents collapse in its own way. SimSiam is one of them too; it stands above, in `sidae.py`.
 """
 
 import torch
@@ -13,12 +13,14 @@ from .base import Axes, Batch, Look, Method, MomentumCopy, Views, raised
 
 class BYOL(Method, name="byol"):
     """BYOL (arXiv:2006.07733, eq. 2): one view predicts what a momentum copy makes of the other.
-    The prediction q(z) is compared with this target by their cosine; the two directions are summed. The
-    predictor q and the slow target, which no gradient reaches, prevent collapse. The target is a copy of
-    encoder and projector, in training mode; its momentum rises from `ema` to 1.
+    The prediction q(z) is compared with this target z' by their cosine. The loss is the sum of both
+    directions, the second one with a tilde. The predictor q and the slow target, which no gradient reaches,
+    prevent collapse. The target network is a copy of encoder and projector, in training mode. Its weights xi
+    follow the network's weights theta, with a momentum that rises from `ema` to 1.
 
-    Deviations: the views differ by solarisation alone; projector and predictor have a bias in their last
-    layer and none before BatchNorm, as in lightly (the official code: the other way round)."""
+    Deviations: the augmentations of the two views differ by solarisation alone; projector and predictor have a
+    bias in their last layer and none before BatchNorm, as in the library lightly (the official code has it the
+    other way round)."""
 
     look = Look("BYOL", "#CC79A7", "P")
     axes = Axes(augment="byol",
@@ -51,16 +53,17 @@ class BYOL(Method, name="byol"):
 
 class VICReg(Method, name="vicreg"):
     """VICReg (arXiv:2105.04906, eq. 1 to 6) adds three terms: 25 invariance + 25 variance + covariance.
-    The invariance s compares the projections of the two views by their squared difference. The variance v
-    prevents collapse: every dimension's spread over the batch should reach 1. The covariance c keeps
-    dimensions from repeating each other. As in the official code, s is the mean over all elements and v
-    the mean over both views."""
+    Z and Z' hold the projections of the two views: n images z_i as rows, d dimensions z^j as columns.
+    The invariance s compares the two views by their squared difference. The variance v prevents collapse: in
+    every dimension the standard deviation over the batch should reach 1. The covariance c, from the
+    covariance matrix C, keeps dimensions from repeating each other. As in the official code, s is the mean
+    over all elements, and v is the mean over both views."""
 
     look = Look("VICReg", "#882255", "X")
     axes = Axes(augment="byol", encode="backbone + 3-layer expander", extract="last vector per view",
                 compare="mse_loss", loss="vicreg: invariance, variance, covariance; no negatives")
-    equation = r"""\ell(Z, Z') &= 25 \, s(Z, Z') + \tfrac{25}{2} [v(Z) + v(Z')] + c(Z) + c(Z') \\
-        s(Z, Z') &= \tfrac{1}{nd} \sum_i \|z_i - z'_i\|^2 \\
+    equation = r"""\ell &= 25 \, s + \tfrac{25}{2} [v(Z) + v(Z')] + c(Z) + c(Z') \\
+        s &= \tfrac{1}{nd} \sum_i \|z_i - z'_i\|^2 \\
         v(Z) &= \tfrac1d \sum_j \max \big( 0, 1 - \sqrt{\mathrm{Var}(z^j) + 10^{-4}} \big) \\
         c(Z) &= \tfrac1d \sum_{i \ne j} [C(Z)]_{i,j}^2"""
     reads = ("dim", "hidden")
@@ -78,13 +81,14 @@ class VICReg(Method, name="vicreg"):
 
 class DINO(Method, name="dino"):
     """DINO without multi-crop (arXiv:2104.14294, eq. 2): a student predicts what a teacher says of the other
-    view. Both give scores g for P prototypes; as probabilities they are compared by cross-entropy H. The
-    teacher is a momentum copy; its momentum rises from `ema` to 1. Two things prevent collapse: the centre c,
-    a running mean of its scores, and its low temperature. In the first epoch the prototypes get no gradient
-    (weight decay keeps their directions). Records `teacher_entropy`: log P is one way to collapse, 0 the
-    other.
+    view. Both give a score g to each of many prototypes, which are learned directions. A softmax makes these
+    scores probabilities P, and the cross-entropy H compares the student's, P_s, with the teacher's, P_t. The
+    teacher is a momentum copy of the student; its momentum rises from `ema` to 1. Two things prevent collapse:
+    the centre c, a running mean of the teacher's scores, and its low temperature. In the first epoch the
+    prototypes get no gradient; weight decay only shortens them. It records `teacher_entropy`. Two values show
+    a collapse: 0, and the logarithm of the number of prototypes.
 
-    Deviations: no bias in the head of three layers with BatchNorm, no clipping."""
+    Deviations: the head, of three layers with BatchNorm, has no bias; gradients are not clipped."""
 
     look = Look("DINO", "#999933", "p")
     axes = Axes(augment="dino", encode="backbone + 3-layer projector + prototypes; momentum copy as teacher",
@@ -129,9 +133,10 @@ class DINO(Method, name="dino"):
 
 class BarlowTwins(VICReg, name="barlow_twins"):
     """Barlow Twins (arXiv:2103.03230, eq. 1) correlates the dimensions of the two views' projections.
-    C, their correlations over the batch (z is centred), is compared with the identity. Ones on its diagonal
-    make the views agree and every dimension vary; zeros beside it keep dimensions from repeating each other.
-    Together they prevent collapse. Here lambda = 0.0051, and the projector is VICReg's expander."""
+    C_ij is the correlation, over the images b of a batch, of dimension i of view A with dimension j of view B;
+    each z is centred first. C is compared with the identity matrix. Ones on its diagonal make the views agree
+    and every dimension vary. Zeros elsewhere keep dimensions from repeating each other. Together they prevent
+    collapse. Here lambda = 0.0051, and the projector is VICReg's expander."""
 
     look = Look("Barlow Twins", "#44AA99", "h")
     axes = Axes(augment="byol", encode="backbone + 3-layer projector", extract="last vector per view",

@@ -20,11 +20,11 @@ COSINE = r"D(p, z) &= -\frac{\langle p, z \rangle}{\|p\| \, \|z\|}"
 
 
 class SidAE(Method, name="sidae"):
-    """SidAE, the Siamese denoising autoencoder (arXiv:2304.02549, Sec. 3.2), joins two methods.
-    SimSiam's loss `L_si` (eq. 1) compares the predictor's output p for one view with the projection z of the
-    other. The autoencoder's, `L_dae`, compares what the decoder makes of each z with the undisturbed image x.
-    The stop-gradient sg prevents collapse, and so does the decoder: one z cannot become every image.
-    At w = 1 it is SimSiam and runs no decoder; at w = 0 it is the autoencoder and runs no predictor."""
+    """SidAE, the Siamese denoising autoencoder (arXiv:2304.02549, Sec. 3.2), joins two losses by a weight w.
+    SimSiam's loss L_si (eq. 1) compares the predictor's output p for one view with the projection z of the
+    other. The autoencoder's L_dae compares what the decoder makes of each z with the undisturbed image x.
+    The stop-gradient sg prevents collapse. So does the decoder: it cannot make every image from the same z.
+    At w = 1 this is SimSiam and runs no decoder. At w = 0 it is the autoencoder and runs no predictor."""
 
     look = Look("SidAE", "#D55E00", "o")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector; predictor and decoder on top",
@@ -82,12 +82,13 @@ class SidAE(Method, name="sidae"):
 
 
 class SimSiam(SidAE, name="simsiam"):
-    """SimSiam (arXiv:2011.10566) is SidAE at w = 1: a view predicts the other view of the same image.
+    """SimSiam (arXiv:2011.10566) is SidAE at w = 1: each view of an image predicts the other one.
     The predictor's output p for one view is compared with the projection z of the other. The stop-gradient
     sg on z prevents collapse. It needs no negatives, no momentum network and no decoder.
 
-    Deviations: the learning rate is literal, not scaled with the batch; the predictor's follows the cosine
-    too, unless `predictor_lr` is "constant"; residual blocks do not start at 0 unless `zero_init`."""
+    Deviations: the learning rate is not scaled with the batch size; the predictor's learning rate follows the
+    cosine schedule too, unless `predictor_lr` is "constant"; the last BatchNorm of a residual block does not
+    start at 0, unless `zero_init` is set."""
 
     look = Look("SimSiam", "#0072B2", "s")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, predictor on one side",
@@ -100,8 +101,8 @@ class SimSiam(SidAE, name="simsiam"):
 
 class DenoisingAutoencoder(SidAE, name="dae"):
     """The paper's denoising autoencoder (arXiv:2304.02549, Sec. 4.1) is SidAE at w = 0.
-    From each of two noisy views the decoder reconstructs the image, and this is compared with the clean one.
-    Nothing else has to prevent collapse: one z cannot become every image."""
+    Its decoder makes an image from the z of each disturbed view, and this is compared with the undisturbed
+    image x. That alone prevents collapse: the decoder cannot make every image from the same z."""
 
     look = Look("Autoencoder", "#009E73", "^")
     axes = Axes(augment="simsiam_cifar", encode="backbone + 3-layer projector, decoder on top",

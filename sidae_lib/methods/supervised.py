@@ -9,8 +9,9 @@ from .base import Axes, Batch, Look, Method, Views
 
 class Supervised(Method, name="supervised"):
     """The supervised network (arXiv:2304.02549, Sec. 4.1) is trained from scratch with labels.
-    The class scores s of an image are compared with its label y. The paper leaves the recipe open;
-    ours is its downstream one (lr 0.05, batch 256, 50 epochs), with and without augmentation."""
+    The scores s of an image, one for each class c, are compared with its label y. The paper does not say how
+    it is trained. We take the recipe of the paper's downstream tests (lr 0.05, batch 256, 50 epochs), with
+    and without augmentation."""
 
     look = Look("Supervised", "#000000")
     axes = Axes(augment="none", encode="backbone + fully connected layer",
@@ -29,7 +30,7 @@ class Supervised(Method, name="supervised"):
 
 
 class Untrained(Method, name="untrained"):
-    """The untrained network is a backbone as it was initialised. Nothing is compared, and no step is taken.
+    """The untrained network is a backbone with its first, random weights. Nothing is compared or trained.
     A method that does not beat it has learned nothing."""
 
     look = Look("Untrained", "#7F7F7F")
