@@ -115,9 +115,9 @@ def below(records: Records, runs: Records) -> list[str]:
                 continue
             said = (f"{methods.NAMES[m]} lies below the untrained network on {display} with {percent(labels)} of the "
                     f"labels, by {', '.join(PROBES[k] for k in low)}.")
-            if "logistic" in probed and "logistic" not in low:
-                said += (" By logistic regression, which standardises the features, it does not: small features are "
-                         "a matter of scale that one fixed learning rate does not reach.")
+            if "linear" in low and "logistic" in probed and "logistic" not in low:
+                said += (" By logistic regression, which standardises the features, it does not: they are small, and "
+                         "the SGD probe has one fixed learning rate.")
             if share := gauges.get((display, m)):
                 said += f" Spread of its projections, z_std: {np.mean(share):.2f} of the healthy value (0: collapsed)."
             out.append(said)
