@@ -38,6 +38,11 @@ def page(tmp_path_factory):
     return SimpleNamespace(boards=boards, paper=paper, rows=rows, cases=[b[b["published"].isna()] for b in boards])
 
 
+def test_the_file_is_the_board_of_now(page):
+    file = paths.ROOT / "figures" / "recorded" / "scoreboard.csv"
+    assert file.read_text() == page.boards[0].drop(columns="scale").to_csv(index=False), "run `./run_all.sh recorded`"
+
+
 def test_its_rows_are_the_claims_with_their_verdicts(page):
     said = [c for board in page.boards for c in claims.claims(board).to_dict("records")]
     assert len(page.rows) == len(said) > 0 and differences.SEEDS == 3  # the page's words say three
