@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment once, then runs the notebooks, the tests, JupyterLab or builds the book: ./run_all.sh --help.
+# Makes the environment once, then runs the notebooks, the tests or JupyterLab, or builds the book: ./run_all.sh --help.
 set -eo pipefail
 unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)

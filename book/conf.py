@@ -1,6 +1,5 @@
 """The book: Sphinx's configuration. `./run_all.sh book [SCALE]` builds book/_build/html from it, executing nothing."""
 
-import ast
 import importlib
 import importlib.util
 import os
@@ -61,26 +60,14 @@ html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_fullsc
 # --- chapters: the notebooks, or of a run those that it executed --------------------------------------------------
 
 
-def place(file: Path, line: int) -> str:
-    """The object of the library that holds a line, as an anchor of its page of code: "#SidAE.loss"; "" outside."""
-    names: list[str] = []
-    nodes = ast.parse(file.read_text()).body
-    while node := next((n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-                        and n.lineno <= line <= n.end_lineno), None):  # fmt: skip
-        names.append(node.name)
-        nodes = node.body if isinstance(node, ast.ClassDef) else []
-    return "#" + ".".join(names) if names and names[-1][0] != "_" else ""
-
-
 def linked(text: str) -> str:
-    """Markdown whose links to lines of the library lead to the book's pages of code."""
+    """Markdown whose links to objects of the library, as notebooks/execute.py keeps them, lead to the book's pages of code."""
     def to(found: re.Match) -> str:
-        words, file, line = found.groups()
-        module = file.removesuffix(".py").removesuffix("/__init__")
-        words = re.sub(r"`([^`]*)`", r"<code>\1</code>", words)
-        return f'<a href="../_modules/{module}.html{place(ROOT / file, int(line))}">{words}</a>'
+        name, module = found.groups()
+        anchor = name.removeprefix(f"{module.rpartition('/')[2]}.")  # `pairs.mine` is the function of that module
+        return f'<a href="../_modules/{module}.html#{anchor}"><code>{name}</code></a>'
 
-    return re.sub(r"\[([^\]]*)\]\(\.\./(sidae_lib/[\w/]+\.py)#L(\d+)\)", to, text)
+    return re.sub(r"\[`([\w.]+)`\]\(\.\./(sidae_lib/[\w/]+?)(?:/__init__)?\.py#L\d+\)", to, text)
 
 
 def joined(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -105,7 +92,7 @@ def shown(committed: Path) -> Path:
 
 def chapter(committed: Path) -> nbformat.NotebookNode:
     """A notebook as the book shows it."""
-    nb = nbformat.read(shown(committed), as_version=4)
+    nb = nbformat.read(source := shown(committed), as_version=4)
     nb.cells = joined(nb.cells)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
@@ -113,8 +100,7 @@ def chapter(committed: Path) -> nbformat.NotebookNode:
         elif alt := cell.metadata.get("alt"):
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
     if SCALE != "recorded":
-        own = shown(committed) != committed
-        said = (f"This is your run at scale {SCALE}." if own else
+        said = (f"This is your run at scale {SCALE}." if source != committed else
                 f"This chapter was not run at scale {SCALE}. It shows the best results on record.")  # fmt: skip
         nb.cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{note}}\n{said}\n:::", id="which-run"))
     return nb

@@ -1,18 +1,16 @@
 """What the page on image sets says: its words and the sets' published sizes are in data.csv, what is on record is counted."""
 
-import csv
 from collections import Counter
-from pathlib import Path
 
-from sidae_lib import data, experiments, places, scales, store
+import shared
 
-SHOWN = ("paper", "laptop", "quick")  # scales, the largest first; smoke is for tests
+from sidae_lib import data, experiments, places, recorded, scales, store
+
 FIGURES = [name for name in experiments.FIGURES if name != "your_own_images"]  # which reads a set
 
 
 def rows() -> list[dict[str, str]]:
-    with open(Path(__file__).with_suffix(".csv"), newline="") as f:
-        return list(csv.DictReader(f))
+    return shared.words(__file__)
 
 
 def fingerprint(name: str) -> str:
@@ -31,14 +29,14 @@ def images(row: dict[str, str]) -> str:
 
 def used(name: str) -> list[str]:
     """The scales that train on a set or classify it."""
-    return [scale for scale in SHOWN if name in {*scales.SCALES[scale].datasets, *scales.SCALES[scale].transfer}]
+    return [scale for scale in recorded.SCALES if name in {*scales.SCALES[scale].datasets, *scales.SCALES[scale].transfer}]
 
 
 def scales_of() -> dict[str, str]:
     """Run's key -> the scales whose figures ask for it, in words."""
     asked: dict[str, list[str]] = {}
     with data.as_published():
-        for scale in SHOWN:
+        for scale in recorded.SCALES:
             for runs, _ in experiments.needs(scale, FIGURES).values():
                 for run in runs:
                     asked.setdefault(run.key(), []).append(scale)
@@ -63,13 +61,12 @@ def counts() -> dict[str, tuple[Counter, Counter]]:
 
 def table() -> str:
     """What is on record."""
-    lines = ["| set | runs trained on it | evaluations on it |", "|---|---|---|"]
-    found = counts()
+    found, lines = counts(), []
     for row in rows():
         runs, evals = found.get(fingerprint(row["name"]), (Counter(), Counter()))
         by = "".join(f"<br>{scale}: {n:,}" for scale, n in runs.most_common())
-        lines.append(f"| {shown(row['name'])} | {runs.total():,}{by} | {evals.total():,} |")
-    return "\n".join(lines)
+        lines.append([shown(row["name"]), f"{runs.total():,}{by}", f"{evals.total():,}"])
+    return shared.table(["set", "runs trained on it", "evaluations on it"], lines)
 
 
 def card(row: dict[str, str]) -> str:

@@ -3,32 +3,29 @@
 The page is of published records alone, so that it is the same on every machine.
 """
 
-import csv
 import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import shared
 from docutils.nodes import make_id
 
-from sidae_lib import augment, data, differences, experiments, frames, methods, places, scales, store
+from sidae_lib import augment, data, differences, experiments, frames, methods, places, recorded, scales, store
 from sidae_lib.config import EvalConfig, Record, RunConfig
 from sidae_lib.differences import Difference
 
-SHOWN = ("paper", "laptop", "quick")  # scales, the largest first; smoke is for tests
 OWNERS = {"RunConfig": RunConfig, "EvalConfig": EvalConfig}
 SCORED = {"test": "test images", "val": "held-out images"}
 DISPLAYS = dict(places.KNOWN.values())  # a set's name -> as it is shown
 
 
 def rows() -> list[dict[str, str]]:
-    with open(Path(__file__).with_suffix(".csv"), newline="") as f:
-        return list(csv.DictReader(f))
+    return shared.words(__file__)
 
 
 def marked() -> set[tuple[str, str]]:
@@ -53,7 +50,7 @@ def elsewhere(owner: str, field: str) -> dict[str, Any]:
     own = {"repeats": lambda s: s.repeats, "channels": lambda s: s.grey}
     usual = default(owner, field)
     of = own.get(field, lambda s: s.run.get(field, usual) if owner == "RunConfig" else usual)
-    values = {name: of(scales.SCALES[name]) for name in SHOWN}
+    values = {name: of(scales.SCALES[name]) for name in recorded.SCALES}
     return {name: value for name, value in values.items() if value != usual}
 
 
@@ -87,7 +84,7 @@ def _lengths(s: scales.Scale) -> str:
 
 
 def _per_scale(of: Callable[[scales.Scale], Any]) -> str:
-    return "; ".join(f"at {name} scale {of(scales.SCALES[name])}" for name in SHOWN)
+    return "; ".join(f"at {name} scale {of(scales.SCALES[name])}" for name in recorded.SCALES)
 
 
 BESIDE = {  # what no field of a config says
@@ -143,7 +140,7 @@ def changed(run: RunConfig, field: str, value: Any) -> RunConfig:
 def effects(field: str) -> list[Effect]:
     """Of every value that a published run of SidAE has while all else is a scale's own."""
     out = []
-    for scale in SHOWN:
+    for scale in recorded.SCALES:
         s = scales.SCALES[scale]
         for dataset in s.datasets:
             base = scales.run("sidae", dataset, scale)
@@ -192,7 +189,7 @@ def measured(e: Effect) -> str:
 def checkpoints() -> dict[str, pd.DataFrame]:
     """Scale -> the evaluations on test of Figure 3, by the probes, of three methods and the supervised network."""
     with data.as_published():
-        asked = {s: experiments.accuracy_vs_epochs(s)[1] for s in SHOWN}
+        asked = {s: experiments.accuracy_vs_epochs(s)[1] for s in recorded.SCALES}
     kept = {s: [e for e in each if e.run.method != "untrained" and (e.kind in ("linear", "classifier")
                 or e.kind == "logistic" and e.epoch == e.run.epochs)] for s, each in asked.items()}
     return {s: frames.evaluations(records(each)) for s, each in kept.items()}
@@ -252,7 +249,7 @@ def by_method(of, frame: pd.DataFrame) -> dict[str, list[Difference]]:
 
 def classifiers() -> Iterator[str]:
     """By how much one classifier's seed moves the SGD probe of SidAE, where several were fitted."""
-    for scale in SHOWN:
+    for scale in recorded.SCALES:
         s = scales.SCALES[scale]
         for dataset in s.datasets if s.repeats > 1 else ():
             for labels in s.labels:

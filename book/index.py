@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pandas as pd
-from scoreboard import evaluations
+import shared
+from scoreboard import boards, evaluations
 
 import sidae_lib
 from sidae_lib import claims, frames, paths, recorded, store
@@ -19,11 +20,10 @@ CLAIM = "SidAE beats SimSiam and the autoencoder"
 
 def main_figure(scale: str) -> str:
     """Of the user's run, if it has drawn one."""
-    places = (paths.figures(scale), paths.ROOT / "figures" / "recorded")
-    png = next(p for folder in places if (p := folder / f"{FIGURE}.png").exists() or folder == places[-1])
+    own, best = (folder / f"{FIGURE}.png" for folder in (paths.figures(scale), paths.ROOT / "figures" / "recorded"))
     alt = ("Test accuracy against epochs of pre-training, a panel for each image set and share of labels: SidAE, "
            "SimSiam and the autoencoder, with lines for the untrained and the supervised network")  # fmt: skip
-    return f"![{alt}]({os.path.relpath(png, HERE)})"
+    return f"![{alt}]({os.path.relpath(own if own.exists() else best, HERE)})"
 
 
 def ends(records: list[Record]) -> pd.DataFrame:
@@ -35,12 +35,12 @@ def ends(records: list[Record]) -> pd.DataFrame:
 
 def accuracies(table: pd.DataFrame) -> str:
     """A row per image set and share of labels, the best in bold."""
-    rows = [["images", "labels", *(NAMES[m] for m in SSL), "n", "scale"], ["---"] * (len(SSL) + 4)]
+    rows = []
     for (display, labels, scale), part in table.groupby(["display", "labels", "scale"], sort=False):
         means, n = part.set_index("method")["mean"], " or ".join(map(str, sorted(part["n"].unique())))
         said = {m: f"{mean:.1f}" for m, mean in means.items()} | {means.idxmax(): f"**{means.max():.1f}**"}
         rows.append([display, frames.percent(labels), *(said.get(m, "") for m in SSL), n, scale])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return shared.table(["images", "labels", *(NAMES[m] for m in SSL), "n", "scale"], rows)
 
 
 def answer(records: list[Record], scale: str) -> str:
@@ -49,7 +49,7 @@ def answer(records: list[Record], scale: str) -> str:
     wide = table.pivot_table("mean", ["display", "scale", "labels"], "method")
     leads = (wide["sidae"] >= wide.max(axis=1)).groupby("scale", sort=False).agg(["sum", "size"])
     first = " and ".join(f"in {k} of {n} cases at {at} scale" for at, k, n in leads.itertuples())
-    board = claims.claims(recorded.claimed(FIGURE, scale, records)).set_index("statement")
+    board = claims.claims(boards(scale)[0]).set_index("statement")
     verdict = board["verdict"].get(CLAIM, "not tested")
     whose = "With your run, " * (scale != recorded.BEST)
     lines = [f"{whose}SidAE has the highest mean {first}. The [claim](scoreboard.md) that {CLAIM} is **{verdict}**. We decide "

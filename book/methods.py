@@ -4,17 +4,9 @@ import inspect
 import re
 import sys
 
+from shared import table
+
 from sidae_lib import methods
-
-# Six columns of words stand in one of the page's; on a phone equations are small enough to fit.
-STYLE = """<style>
-table.axes { font-size: .78em; line-height: 1.35 }
-table.axes :is(th, td) { padding: .3em .5em }
-table.axes :is(th, td):nth-child(n + 3) { min-width: 8.5em }
-@media (max-width: 30em) { div.math { font-size: .76em } }
-</style>
-
-"""
 
 
 def linked(text: str) -> str:
@@ -39,12 +31,12 @@ def symbols(text: str) -> str:
 
 def axes() -> str:
     """The five choices of every method that has them by itself, as a table."""
-    rows = [["method", *methods.Axes.__dataclass_fields__], ["---"] * 6]
+    rows = []
     for name, a in methods.five_axes().items():
         _, *others = (choice.replace("_", "_<wbr>") for choice in vars(a).values())
         rows.append([f"[{methods.METHODS[name].look.name}](#method-{name})", f"`{a.augment}`", *others])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{STYLE}:::{{table}}\n:class: axes\n{table}\n:::"
+    shown = table(["method", *methods.Axes.__dataclass_fields__], rows)
+    return f":::{{table}}\n:class: axes\n{shown}\n:::"
 
 
 def entry(name: str) -> str:

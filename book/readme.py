@@ -11,7 +11,8 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from running import chapters, table  # noqa: E402
+from running import chapters  # noqa: E402
+from shared import table  # noqa: E402
 
 from sidae_lib import claims, experiments, frames, methods, paths, store, train  # noqa: E402
 

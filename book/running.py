@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
+from shared import table
 
 from sidae_lib import paths, places
 from sidae_lib.config import RunConfig
@@ -15,11 +16,6 @@ HERE = Path(__file__).parent
 def chapters() -> list[str]:
     """Names of the notebooks in the book's order."""
     return re.findall(r"^chapters/(\w+)$", (HERE / "index.md").read_text(), re.M)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def scales() -> str:

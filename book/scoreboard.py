@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -19,11 +19,12 @@ WROTE = ("Before the first long run at the paper's own scale we wrote down which
          "have become wider since then, because they now allow for the choice of the test images too.")  # fmt: skip
 
 
-@lru_cache(maxsize=1)  # the front page asks for the same
+@cache  # the front page asks for both too
 def evaluations(scale: str) -> dict[str, list[Record]]:
     return recorded.evaluations(scale)
 
 
+@cache
 def boards(scale: str) -> list[pd.DataFrame]:
     """The scoreboard of the records that decide; and, for the book of the records, what paper scale has
     besides: too few seeds yet. Each row has its scale."""
@@ -58,12 +59,6 @@ def joined(words: Iterable[str]) -> str:
     return " and ".join(dict.fromkeys(words))
 
 
-def kind(verdict: str) -> str:
-    """The key in MARKS of a claim's or a case's verdict."""
-    word, _, part = re.sub(r"[:(].*", "", verdict).strip().partition(" in ")
-    return f"{word} in part" if part else word
-
-
 def named(case: str) -> str:
     """A case with its methods as figures name them."""
     return kept(re.sub(r"\w+", lambda found: methods.NAMES.get(found[0], found[0]), case))
@@ -83,7 +78,7 @@ def cell(text: str, key: object = None) -> str:
 
 
 def marked(verdict: str, said: str = "") -> str:
-    word = kind(verdict)
+    word, _ = claims.parted(verdict)
     mark = f'<span class="verdict {word.split()[0]}" aria-hidden="true">{MARKS[word]}</span>'
     return cell(f"{mark} {escape(said or verdict)}", list(MARKS).index(word))
 
@@ -161,7 +156,7 @@ def reading(boards: list[pd.DataFrame]) -> str:
     found = claims.claims(boards[0])
     if found.empty:
         return "No claim has a record at this scale yet."
-    verdicts = found["verdict"].map(kind).value_counts()
+    verdicts = found["verdict"].map(lambda v: claims.parted(v)[0]).value_counts()
     counted = [f"- {MARKS[word]} **{word}**: {verdicts[word]}" for word in MARKS if word in verdicts]
     few, tested = (found["tested"] == 0).sum(), found["tested"].sum()
     decided = found["supported"].sum() + found["contradicted"].sum()

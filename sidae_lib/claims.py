@@ -91,12 +91,18 @@ def verdict(board: pd.DataFrame) -> str:
     not all are. Cases below three seeds do not count."""
     said: dict[str, list[str]] = {}
     for c in claims(board).to_dict("records"):
-        what, _, of = re.sub(r"[:(].*", "", c["verdict"]).strip().partition(" in ")
-        part = f" ({of.removesuffix(' cases')})" if of else f" ({c['verdict']})" if what == "mixed" else ""
-        words = re.sub(r" \([^)]*\)$", "", c["statement"])
-        said.setdefault(f"{what} in part" if of else what, []).append(words + part)
+        what, of = parted(c["verdict"])
+        part = f" ({of})" if of else f" ({c['verdict']})" if what == "mixed" else ""
+        said.setdefault(what, []).append(re.sub(r" \([^)]*\)$", "", c["statement"]) + part)
     order = (word + part for word in (*VERDICTS, "mixed") for part in ("", " in part"))
     return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in order if what in said)
+
+
+def parted(verdict: str) -> tuple[str, str]:
+    """The kind of a claim's or a case's verdict, and in how many cases: "supported in 2 of 9 cases" is "supported
+    in part", "2 of 9"; of others the second is empty."""
+    what, _, of = re.sub(r"[:(].*", "", verdict).strip().partition(" in ")
+    return f"{what} in part" if of else what, of.removesuffix(" cases")
 
 
 def _judged(rows: Sequence[Any], read: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:

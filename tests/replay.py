@@ -1,9 +1,12 @@
 """A notebook's cells run in this process, at scale `recorded` or another: what they leave behind, and what they draw."""
 
+import importlib.util
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +22,15 @@ class Replay(NamedTuple):
     scope: dict[str, Any]  # the variables after the last cell
     figures: dict[str, Figure]  # name under figures/<scale>/ -> as it was saved
     tables: dict[str, str]  # the same name -> its CSV
+
+
+def page(name: str) -> ModuleType:
+    """The module that makes a page of the book, anew. By its path, since its name may be that of a library's module too."""
+    spec = importlib.util.spec_from_file_location(f"page_{name}", ROOT / "book" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with mock.patch.object(sys, "path", [str(ROOT / "book"), *sys.path]):  # for what pages share
+        spec.loader.exec_module(module)
+    return module
 
 
 def cells(path: Path, kind: str = "code") -> list[nbformat.NotebookNode]:

@@ -12,14 +12,12 @@ from urllib.parse import unquote, urljoin, urlsplit
 import nbformat
 import pytest
 from filelock import FileLock
+from test_browser import CHROMIUM, FLAGS
 
 from sidae_lib import batch, paths
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 browser_needed = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt-get install chromium")
 
@@ -109,7 +107,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND"])
         yield browser
         browser.close()
 

@@ -1,7 +1,6 @@
 """Methods: their terms, options, parameter groups, names and axes. Step by step: test_three_steps."""
 
 import dataclasses
-import importlib.util
 import re
 from unittest import mock
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
+from replay import page
 from test_three_steps import CASES, run_of
 from torch import nn
 
@@ -237,13 +237,6 @@ def test_a_class_does_what_its_axes_say(name, monkeypatch):
 # --- the book's page --------------------------------------------------------------------------------------------------
 
 
-def page():
-    """What it computes. By its path, since its name is that of the library's package too."""
-    spec = importlib.util.spec_from_file_location("page", paths.ROOT / "book/methods.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module.made("recorded")
-
-
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_says_what_it_is(name):
     """In at least two sentences, which name the source; the equation is that of its own loss; deviations stand at the end."""
@@ -258,7 +251,7 @@ def test_a_method_says_what_it_is(name):
 
 
 def test_the_book_shows_every_method_once():
-    shown = page()
+    shown = page("methods").made("recorded")
     for name, cls in methods.METHODS.items():
         head = f"(method-{name})=\n### {cls.look.name}\n"
         assert shown["each_method"].count(head) == 1
@@ -280,10 +273,10 @@ def test_a_method_that_is_added_is_in_the_book_too():
             look, equation = methods.base.Look("Brand new", "#000000", "o"), r"L = \pi"
             axes = methods.Axes(augment="none", encode="backbone", extract="all", compare="none", loss="pi")
 
-        shown = page()
+        shown = page("methods").made("recorded")
     assert "### Brand new\n\nNew ([arXiv:9999.12345](https://arxiv.org/abs/9999.12345)) compares" in shown["each_method"]
     assert "L = \\pi" in shown["each_method"] and "[Brand new](#method-new)" in shown["axes"]
-    assert "Brand new" not in page()["axes"]
+    assert "Brand new" not in page("methods").made("recorded")["axes"]
 
 
 def test_the_book_s_example_runs(own_store):

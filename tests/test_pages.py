@@ -1,16 +1,15 @@
 """The book's pages on deviations and on data: every choice and every set has its row, and what is said is true."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from replay import page
 
 import sidae_lib
 from sidae_lib import augment, data, experiments, methods, paths, places, scales
@@ -18,13 +17,6 @@ from sidae_lib.config import EvalConfig, RunConfig
 
 ROOT = Path(sidae_lib.__file__).parents[1]
 CONFIGS = {"RunConfig": RunConfig, "EvalConfig": EvalConfig}
-
-
-def page(name: str):
-    spec = importlib.util.spec_from_file_location(f"page_{name}", ROOT / "book" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

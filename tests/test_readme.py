@@ -1,11 +1,10 @@
 """The README, and the book's front page and Running it, say what the records and the code say."""
 
-import importlib.util
 import re
-from types import ModuleType
 
 import pandas as pd
 import pytest
+from replay import page
 
 from sidae_lib import claims, differences, experiments, frames, methods, paths, recorded, scales, store
 
@@ -19,15 +18,7 @@ def published_alone(tmp_path_factory):
     """No run of whoever tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDAE_RUNS", str(tmp_path_factory.mktemp("runs")))
-        patch.syspath_prepend(paths.ROOT / "book")  # the front page asks the scoreboard for its records
         yield
-
-
-def page(name: str) -> ModuleType:
-    """The module that makes a page's computed parts."""
-    spec = importlib.util.spec_from_file_location(name, paths.ROOT / "book" / f"{name}.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
 
 
 def rows(table: str) -> list[list[str]]:

@@ -1,6 +1,5 @@
 """The book's scoreboard says what `claims` says, its tables can be sorted, and the library's pages hold every module."""
 
-import importlib.util
 import os
 import re
 from collections import Counter
@@ -10,14 +9,13 @@ from unittest import mock
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
-from test_book import CHROMIUM, FLAGS, browser_needed
+from replay import page as made_by
+from test_book import browser, browser_needed  # noqa: F401
 
 from sidae_lib import claims, differences, methods, paths, recorded
 
 BOOK = paths.ROOT / "book"
-SPEC = importlib.util.spec_from_file_location("scoreboard", BOOK / "scoreboard.py")
-scoreboard = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(scoreboard)
+scoreboard = made_by("scoreboard")
 ABOUT = ["paper", "source", "statement"]
 NAMED = {name + end: shown + end for name, shown in methods.NAMES.items() for end in ("", ",")}
 MARKED = {"supported": "▲", "undecided": "○", "contradicted": "▼"}
@@ -124,30 +122,26 @@ TABLE = """<table class="sortable"><thead><tr><th>name</th><th>points</th></tr><
 
 
 @browser_needed
-def test_a_click_or_a_key_on_the_head_of_a_column_sorts(tmp_path):
-    from playwright.sync_api import sync_playwright
-
+def test_a_click_or_a_key_on_the_head_of_a_column_sorts(tmp_path, browser):  # noqa: F811
     script, wrong = (BOOK / "_static" / "sort.js").as_uri(), []
     for name, body in {"table": TABLE, "plain": "<p>no table</p>"}.items():
         (tmp_path / f"{name}.html").write_text(f'<!doctype html><script src="{script}"></script>{body}')
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto((tmp_path / "plain.html").as_uri())
-        page.goto((tmp_path / "table.html").as_uri())
-        rows = "body > table > tbody > tr"
-        names = lambda: page.eval_on_selector_all(rows, "all => all.map(r => r.innerText[0])")  # noqa: E731
-        name, points = page.get_by_role("button", name="name"), page.get_by_role("button", name="points")
-        points.click()
-        assert names() == ["C", "a", "b", "d"] and page.locator("th[aria-sort=ascending]").inner_text() == "points"
-        points.press("Enter")
-        assert names() == ["b", "a", "C", "d"] and page.locator("th[aria-sort=descending]").inner_text() == "points"
-        name.press("Enter")
-        assert names() == ["a", "b", "C", "d"] and page.locator("th[aria-sort]").count() == 1
-        name.click()
-        assert names() == ["d", "C", "b", "a"] and page.locator("tr:has(> td > details) details td").text_content() == "inside"
-        browser.close()
+    page = browser.new_page()
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto((tmp_path / "plain.html").as_uri())
+    page.goto((tmp_path / "table.html").as_uri())
+    rows = "body > table > tbody > tr"
+    names = lambda: page.eval_on_selector_all(rows, "all => all.map(r => r.innerText[0])")  # noqa: E731
+    name, points = page.get_by_role("button", name="name"), page.get_by_role("button", name="points")
+    points.click()
+    assert names() == ["C", "a", "b", "d"] and page.locator("th[aria-sort=ascending]").inner_text() == "points"
+    points.press("Enter")
+    assert names() == ["b", "a", "C", "d"] and page.locator("th[aria-sort=descending]").inner_text() == "points"
+    name.press("Enter")
+    assert names() == ["a", "b", "C", "d"] and page.locator("th[aria-sort]").count() == 1
+    name.click()
+    assert names() == ["d", "C", "b", "a"] and page.locator("tr:has(> td > details) details td").text_content() == "inside"
+    page.close()
     assert not wrong
 
 
