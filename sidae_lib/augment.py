@@ -314,6 +314,8 @@ _FER = (PadRotateScale(),)
 VIEWS: dict[str, Views] = {
     "simsiam_cifar": Views(_CIFAR, _CIFAR),
     "simsiam_grey": Views(_GREY, _GREY),
+    "simsiam_cifar_with_blur": Views((*_CIFAR, _GREY[-1]), (*_CIFAR, _GREY[-1])),  # two open choices
+    "simsiam_grey_without_blur": Views(_GREY[:-1], _GREY[:-1]),
     "simclr": Views(_SIMCLR, _SIMCLR),
     "byol": Views(_BYOL, (*_BYOL, SOLARIZE)),
     "dino": Views(_DINO, (*_DINO, SOLARIZE)),

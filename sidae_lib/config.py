@@ -203,7 +203,7 @@ class RunConfig(_Config):
     pair_count: int = 0  # how many pairs, the highest cosines first; 0 = all between the thresholds
     pair_weight: float = 1.0  # lambda of eq. 2: how often a pair is drawn, relative to an image
     redraw: bool = True  # False: an image's views are drawn once and used in every epoch
-    stats: Literal["data", "half"] = "data"  # open: normalisation by the set's mean and std, or (x - 0.5) / 0.5
+    stats: Literal["data", "half", "none"] = "data"  # open: (x - mean) / std of the set, (x - 0.5) / 0.5, or x
     # network
     backbone: Literal["resnet18", "resnet34", "small_cnn", "amdim", "patches18", "patches34"] = "resnet18"
     stem: Literal["imagenet", "cifar"] = "imagenet"  # open: 7x7 stride 2 and max-pool fit the accuracy

@@ -29,10 +29,11 @@ from .scales import (  # noqa: F401
 )  # fmt: skip
 
 Asked = Iterator[RunConfig | EvalConfig]
-FIGURES: dict[str, Callable[..., Needs]] = {}  # in the order of the notebooks
+FIGURES: dict[str, Callable[..., Needs]] = {}  # with a notebook, in the order of the notebooks
+PARTS: dict[str, Callable[..., Needs]] = {}  # asked for apart: a section of a notebook
 
 
-def _figure(build: Callable[..., Asked]) -> Callable[..., Needs]:
+def _figure(build: Callable[..., Asked], into: dict[str, Callable[..., Needs]] = FIGURES) -> Callable[..., Needs]:
     """A figure as people ask for it: one set is a list of one. Returns runs and evaluations, each once."""
 
     @wraps(build)
@@ -42,7 +43,7 @@ def _figure(build: Callable[..., Asked]) -> Callable[..., Needs]:
         runs = dict.fromkeys(c.run if isinstance(c, EvalConfig) else c for c in asked)
         return list(runs), [c for c in asked if isinstance(c, EvalConfig)]
 
-    FIGURES[build.__name__] = needs
+    into[build.__name__] = needs
     return needs
 
 
@@ -95,14 +96,20 @@ def best_w(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()) 
 @_figure
 def datasets_table(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     """Table 1: the last checkpoint by the paper's probe, on every set, and after transfer where the pool is
-    there; and what `hypotheses` asks for."""
+    there."""
     evals = accuracy_vs_epochs(scale, datasets, seeds)[1]
     try:
         evals += [] if datasets else stl_transfer(scale, (), seeds)[1]
     except SidaeError as e:
         warnings.warn(f"The table has no transfer rows. {e}", stacklevel=3)
     yield from (e for e in evals if e.epoch == e.run.epochs and e.kind in ("linear", "classifier"))
-    yield from sum(hypotheses(scale, datasets, seeds).values(), [])
+
+
+@partial(_figure, into=PARTS)
+def open_choices(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
+    """Notebook 03's section on what the paper leaves open: what `hypotheses` asks for."""
+    for each in hypotheses(scale, datasets, seeds).values():
+        yield from each
 
 
 @_figure
@@ -378,17 +385,18 @@ def pairs_found(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
 
 
 def figure(name: str) -> Callable[..., Needs]:
-    if name not in FIGURES:
-        raise SidaeError(f"Unknown figure {name!r}; choose from {', '.join(FIGURES)}.")
-    return FIGURES[name]
+    known = FIGURES | PARTS
+    if name not in known:
+        raise SidaeError(f"Unknown figure {name!r}; choose from {', '.join(known)}.")
+    return known[name]
 
 
-def needs(scale: str, names: Iterable[str] = FIGURES) -> dict[str, Needs]:
+def needs(scale: str, names: Iterable[str] = ()) -> dict[str, Needs]:
     """Figure -> what it needs at a scale, of those whose image sets are there or known."""
     out = {}
-    for name in names:
+    for name in names or FIGURES | PARTS:
         with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
-            out[name] = FIGURES[name](scale)
+            out[name] = figure(name)(scale)
     return out
 
 

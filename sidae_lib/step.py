@@ -155,8 +155,9 @@ class Step:
 
     def __init__(self, config: RunConfig, images: Images, device: torch.device, pairs: Tensor, n: int):
         """pairs: (N, 2 or 3) int64 indices into the split, the method's own n first; an epoch takes n."""
-        if config.stats == "half":
-            images = replace(images, mean=(0.5,) * config.channels, std=(0.5,) * config.channels)
+        if config.stats != "data":
+            mean, std = {"half": (0.5, 0.5), "none": (0.0, 1.0)}[config.stats]
+            images = replace(images, mean=(mean,) * config.channels, std=(std,) * config.channels)
         self.config, self.data, self.device, self.pairs, self.n = config, images, device, pairs, n
         self.bounds = batches(n, config.batch, keep_last=methods.METHODS[config.method].labels)
         self.steps = len(self.bounds) * config.epochs
