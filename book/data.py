@@ -6,7 +6,7 @@ import shared
 
 from sidae_lib import data, experiments, places, recorded, scales, store
 
-FIGURES = [name for name in experiments.FIGURES if name != "your_own_images"]  # which reads a set
+FIGURES = [name for name in experiments.FIGURES | experiments.PARTS if name != "your_own_images"]  # which reads a set
 
 
 def rows() -> list[dict[str, str]]:

@@ -112,6 +112,15 @@ def open_choices(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
         yield from each
 
 
+@partial(_figure, into=PARTS)
+def jpeg_again(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
+    """Notebook 03's section on the JPEG copy: the supervised network on CIFAR-10, and on the same images saved as
+    JPEG once more (`benchmarks/jpeg.py`). At scales laptop and paper."""
+    for dataset, seed in product(datasets or ("cifar10", "cifar10_jpeg75", "cifar10_jpeg25"),
+                                 (seeds or scale_of(scale).seeds) if scale in ("laptop", "paper") else ()):  # fmt: skip
+        yield from scales.supervised(dataset, scale, seed)[1]
+
+
 @_figure
 def fine_tuning(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     """Figure 6: the backbone moves too, for every length of pre-training (first and last below paper scale),

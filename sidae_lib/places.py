@@ -29,6 +29,8 @@ KNOWN = {  # fingerprint -> (name, display)
     "4c3c3722cb5ddee1": ("mnist", "MNIST"),
     "108bcf2de452d970": ("fashion_mnist", "Fashion-MNIST"),
     "131428effbc89b28": ("cifar10", "CIFAR-10 (JPEG copy)"),
+    "a9f07b3e306d9679": ("cifar10_jpeg75", "CIFAR-10 (JPEG copy, again at quality 75)"),
+    "fbb75332605f2ffc": ("cifar10_jpeg25", "CIFAR-10 (JPEG copy, again at quality 25)"),
     "a194b1f1e8fabeba": ("tinyimagenet32", "Tiny ImageNet 32 (50k)"),
 }
 TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyimagenet32": 50_000,
