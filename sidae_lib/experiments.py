@@ -116,8 +116,8 @@ def open_choices(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
 def jpeg_again(scale: str, datasets: list[str], seeds: list[int]) -> Asked:
     """Notebook 03's section on the JPEG copy: the supervised network on CIFAR-10, and on the same images saved as
     JPEG once more (`benchmarks/jpeg.py`). At scales laptop and paper."""
-    for dataset, seed in product(datasets or ("cifar10", "cifar10_jpeg75", "cifar10_jpeg25"),
-                                 (seeds or scale_of(scale).seeds) if scale in ("laptop", "paper") else ()):  # fmt: skip
+    s, named = scale_of(scale), datasets or ("cifar10", "cifar10_jpeg75", "cifar10_jpeg25")
+    for dataset, seed in product(named if scale in ("laptop", "paper") else (), seeds or s.seeds):
         yield from scales.supervised(dataset, scale, seed)[1]
 
 
@@ -187,7 +187,7 @@ def pairwise_vs_triplet(scale: str, datasets: list[str], seeds: list[int], proto
             continue
         change, how = PROTOCOLS[protocol]
         how = how | _few(scale)
-        *six, untrained, _ = runs = _scenarios(scale, dataset, seed, change)
+        *six, untrained, _ = runs = scales.scenarios(scale, dataset, seed, change)
         if protocol == "faithful":
             others = (3, 50) if scale == "quick" else (3, 10, 15, 25, 35, 50)
             maps = [(r, 20) for r in six] + [(six[-1], perplexity) for perplexity in others]
@@ -211,23 +211,6 @@ def _reported(scale: str, datasets: list[str], seeds: list[int], protocols: Sequ
     datasets = datasets or list(s.datasets if _few(scale) else ("mnist", "cifar10"))
     for protocol, dataset, (n, seed) in product(protocols, datasets, enumerate(seeds or s.seeds[:s.others])):
         yield protocol, dataset, n, seed
-
-
-def _scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> list[RunConfig]:
-    """The report's six runs on a set, then the untrained and the supervised network."""
-    per_class, batch = {"smoke": (20, 64), "quick": (40, 128)}.get(scale, (5000, 1024))
-    base = {"data": data.identify(dataset), "seed": seed, "backbone": "small_cnn", "stats": "half"}
-    if dataset in scales.GREY:
-        base |= {"channels": 1, "size": 28}
-    short = {"epochs": 2} if scale == "smoke" else {}
-    sgd = {"momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "per_class": per_class,
-           "batch": batch}  # fmt: skip
-    downstream = {**base, **scales.DOWNSTREAM, "epochs": 10, **short}
-    six = [RunConfig(method=m, augment=augment, **{**base, **sgd, **loss, **change, **short})
-           for augment in ("none", "report_fer", "report_simclr")
-           for m, loss in metric.LOSSES.items()]  # fmt: skip
-    return [*six, RunConfig(method="untrained", epochs=0, augment="none", **base),
-            RunConfig(method="supervised", **downstream)]  # fmt: skip
 
 
 # Of semantic_pairs: images compared; what share of the pool they are (paper: a tenth of CIFAR-10); methods
@@ -378,7 +361,7 @@ def report_confounds(scale: str, datasets: list[str], seeds: list[int]) -> Asked
     """The report's confounds undone one by one, with SimCLR's augmentation and by the fixed protocol; and the
     runs with nothing undone."""
     for _, dataset, _, seed in _reported(scale, datasets, seeds, ("fixed",)):
-        last = _scenarios(scale, dataset, seed, PROTOCOLS["fixed"][0])[4:6]
+        last = scales.scenarios(scale, dataset, seed, PROTOCOLS["fixed"][0])[4:6]
         undone = [r.replace(**change[r.method]) for change in metric.CONFOUNDS.values() for r in last
                   if r.method in change and (scale != "smoke" or dataset in scales.GREY)]  # fmt: skip
         yield from (EvalConfig(run=r, kind="report", **_few(scale)) for r in [*last, *undone])
