@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One GPU for a while: benchmarks/gpu.sh OUT [--minutes N] [--seeds N]
 # Within three minutes `check-gpu` and as much of one run of SidAE as fits; then Table 1's CIFAR-10 column in three processes
-# that share the card, seed after seed, until N minutes (15) have passed since the start. OUT gets the records, for
+# that share the card, seed after seed, then what the paper leaves open, until N minutes (15) have passed. OUT gets the records, for
 # `python -m sidae_lib adopt`, a log of each part and the times; a further call with the same store goes on and checks no more.
 # Image sets and store: SIDAE_DATA, SIDAE_RUNS. For a rehearsal: DEVICE, SCALE, DATASETS, JOBS.
 set -uo pipefail
@@ -32,11 +32,11 @@ part() { # part NAME SECONDS ARGUMENT...: one call of the library, ended after s
     echo "$name: exit $? after $((SECONDS - began)) s"
 }
 
-learn() { # learn NAME SECONDS ARGUMENT...: trains and evaluates, stops at checkpoints half a minute before its end
-    local name=$1 seconds=$2 still=$(($2 - 30))
-    shift 2
+learn() { # learn NAME SECONDS FIGURE ARGUMENT...: trains and evaluates, stops at checkpoints half a minute before its end
+    local name=$1 seconds=$2 figure=$3 still=$(($2 - 30))
+    shift 3
     [ "$still" -lt 15 ] && return
-    part "$name" "$seconds" run accuracy_vs_epochs --scale "${SCALE:-paper}" --datasets ${DATASETS:-cifar10} --order seed \
+    part "$name" "$seconds" run "$figure" --scale "${SCALE:-paper}" --datasets ${DATASETS:-cifar10} --order seed \
         --bundle "$OUT/records.jsonl" --minutes "$(printf '%d.%02d' $((still / 60)) $((still % 60 * 100 / 60)))" "$@"
 }
 
@@ -58,7 +58,9 @@ if [ ! -e "$CHECKED" ]; then
     part check "$(within $limit)" check-gpu --seconds $seconds --out "$OUT/step.csv"
     cat "$OUT/check.log"
     [ -e "$OUT/step.csv" ] && mkdir -p "$SIDAE_RUNS" && touch "$CHECKED"
-    learn sidae "$(within $((SECONDS < 120 ? 180 - SECONDS : 60)))" --seeds 1 --methods sidae
+    learn sidae "$(within $((SECONDS < 120 ? 180 - SECONDS : 60)))" accuracy_vs_epochs --seeds 1 --methods sidae
 fi
-learn seeds "$(within 86400)" --seeds "$SEEDS" --jobs "${JOBS:-3}" --methods sidae simsiam dae supervised untrained
+learn seeds "$(within 86400)" accuracy_vs_epochs --seeds "$SEEDS" --jobs "${JOBS:-3}" \
+    --methods sidae simsiam dae supervised untrained
+learn choices "$(within 86400)" open_choices --jobs "${JOBS:-3}" --until 25
 for log in "$OUT"/*.log; do echo "== $log" && tail -n 3 "$log"; done

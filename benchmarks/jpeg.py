@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sidae_lib import data, paths
+from sidae_lib import data, paths, train
 from sidae_lib.config import SidaeError
 
 MOVED = 4  # pixels, half a block
@@ -36,7 +36,9 @@ def write(name: str, quality: int) -> None:
         arrays[f"{split}_images"] = new
         if part.labels is not None:
             arrays[f"{split}_labels"] = part.labels.numpy()
-    np.savez(paths.data() / f"{name}_jpeg{quality}.npz", classes=np.array(images.classes), **arrays)
+    with io.BytesIO() as file:
+        np.savez(file, classes=np.array(images.classes), **arrays)
+        train.write(paths.data() / f"{name}_jpeg{quality}.npz", file.getvalue())
 
 
 if __name__ == "__main__":

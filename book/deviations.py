@@ -130,12 +130,6 @@ def records(asked: Iterable[EvalConfig]) -> list[Record]:
     return [r for line in found if line and (r := store.read(line))]
 
 
-def changed(run: RunConfig, field: str, value: Any) -> RunConfig:
-    """With another value, if its method reads the field."""
-    read = field not in methods.SHARED or field in methods.METHODS[run.method].reads
-    return run.replace(**{field: value}) if read else run
-
-
 @cache
 def effects(field: str) -> list[Effect]:
     """Of every value that a published run of SidAE has while all else is a scale's own."""
@@ -148,7 +142,7 @@ def effects(field: str) -> list[Effect]:
             for value in sorted({getattr(r, field) for r in alike} - {getattr(base, field)}):
                 seeds = sorted(r.seed for r in alike if getattr(r, field) == value)
                 before = [scales.run(m, dataset, scale, seed) for m in scales.SSL for seed in seeds]
-                after = [changed(r, field, value) for r in before]
+                after = [scales.changed(r, {field: value}) for r in before]
                 for labels in dict.fromkeys((1.0, *s.labels)):
                     how = {"labels": labels, "repeats": s.repeats}
                     if effect := _effect(before, after, how):
@@ -360,10 +354,10 @@ def reading() -> str:
         "cases.",
         f"**The largest change of a mean.** {measured(most)}",
         f"**Another probe.** {_probe()}",
-        f"**Not tried: `recon = sum`.** It may matter most. It multiplies the reconstruction loss by {pixels:,}, the values of "
-        "an image, so that the same weight `w` means another balance of the two losses.",
-        "**Not tried: `stem = cifar`.** It gives far larger feature maps and needs a decoder that begins otherwise than the "
-        "paper's. That is another network, so do not compare our numbers with those of networks that have this stem.",
+        f"**Cannot be trained: `recon = sum`.** It multiplies the reconstruction loss by {pixels:,}, the values of an image. "
+        "With the paper's learning rate the loss is no finite number after a few steps.",
+        "**`stem = cifar` is another network.** It gives far larger feature maps. So do not compare our other numbers with "
+        "those of networks that have this stem.",
         f"**How the losses are balanced** is seen in their gradients rather than in the weight. {_gradients()}",
     ))
 

@@ -96,7 +96,7 @@ def _parser() -> _Parser:
 
 def _run_options(add: Callable) -> None:
     figures = [p.stem.partition("_")[2] for p in sorted((paths.ROOT / "notebooks").glob("*.ipynb"))]
-    add("figure", metavar="FIGURE", help=", ".join(figures))
+    add("figure", metavar="FIGURE", help=f"{', '.join(figures)}; sections of 03: open_choices, jpeg_again")
     add("--scale", choices=SCALES, default="quick", help="default: quick")
     add("--datasets", nargs="+", metavar="NAME", help="only these image sets")
     add("--methods", nargs="+", metavar="NAME", help="only runs of these methods")
@@ -212,7 +212,7 @@ def _list(args: argparse.Namespace) -> None:
     for scale in [args.scale] if args.scale else SCALES:
         print(f"{scale}:")
         total: list = []
-        for name, build in experiments.FIGURES.items():
+        for name, build in (experiments.FIGURES | experiments.PARTS).items():
             try:
                 with warnings.catch_warnings(action="ignore"):  # a set is missing; its own figure says so
                     wanted = [c for part in build(scale) for c in part]

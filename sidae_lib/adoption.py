@@ -3,13 +3,23 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from gzip import GzipFile
+from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
 
 from . import data, paths, store, train
 from .config import SidaeError
 
-FILE_BYTES = 5_000_000  # of one file of published records
+FILE_BYTES = 5_000_000  # of one file of published records, unpacked
+
+
+def packed(content: bytes) -> bytes:
+    """A gzip file without name and time. Every Python writes this header; that of gzip.compress differs."""
+    out = BytesIO()
+    with GzipFile("", "wb", 9, out, mtime=0) as f:
+        f.write(content)
+    return out.getvalue()
 
 
 def publish(records: Iterable[store.Record]) -> None:
@@ -17,7 +27,9 @@ def publish(records: Iterable[store.Record]) -> None:
 
     Lines are sorted by run, kind, epoch and key. Where a file would pass FILE_BYTES it is divided, and the
     key of a run alone says in which part its lines are. So a new record adds a line and moves no other,
-    except where it adds a part.
+    except where it adds a part. A file is written where what it holds has changed, for another zlib may pack
+    the same into other bytes. Once all are written, other files of lines are removed, plain ones too. Raises
+    train.Damaged, and writes nothing, where one of the files is there and not whole.
     """
     def order(r: store.Record) -> tuple:
         return store.id_of(r)[0], r.get("kind", ""), r.get("epoch", 0), r["key"]
@@ -34,10 +46,10 @@ def publish(records: Iterable[store.Record]) -> None:
             if max(map(len, parts)) <= FILE_BYTES:
                 break
         files |= zip(store.parts(file), parts)
-    for file, content in reversed(files.items()):  # lines move to later parts, so those are written first
-        if not file.exists() or file.read_bytes() != content:
-            train.write(file, content)
-    for file in set(paths.records().glob("*.jsonl")) - set(files):
+    changed = {file: held for file, held in files.items() if not file.exists() or store.content(file) != held}
+    for file, held in reversed(changed.items()):  # lines move to later parts, so those are written first
+        train.write(file, packed(held))
+    for file in set(map(Path, store.line_files(paths.records()))) - set(files):
         file.unlink()
 
 
@@ -80,14 +92,15 @@ def adopt(source: Path, refused: Collection[str] = (), log: Callable = print) ->
     All records of a run are of one training. Evaluations may come before their run's record, and later ones
     join them where both name the same backbone of an epoch after 0. Of two trainings the one that got further
     stays, whole; of two that got as far, the one that is filed. Left out, and counted: what is there already,
-    keys in `refused`, and what is not known to belong. Raises SidaeError where the source is missing or a
+    keys in `refused`, and what is not known to belong. A source may be gzip files. Published files that are
+    plain become gzip files. Raises SidaeError where the source is missing or no whole gzip file, or where a
     published line is damaged.
     """
     if not source.exists():
         raise SidaeError(f"There is no store or bundle {source}; give the folder of a store or a file that "
                          "--bundle wrote.")  # fmt: skip
     offered: dict[str, dict[str, store.Record]] = defaultdict(dict)
-    files = source.glob("*.jsonl") if source.is_dir() else takewhile(Path.exists, store.parts(source))
+    files = map(Path, store.line_files(source)) if source.is_dir() else takewhile(Path.exists, store.parts(source))
     for place in (*store.local(source).values(), *store.lines(files)):
         if r := store.read(place, log if isinstance(place, store.Line) else None):
             offered[store.id_of(r)[0]][r["key"]] = r
@@ -96,8 +109,13 @@ def adopt(source: Path, refused: Collection[str] = (), log: Callable = print) ->
         lines, filed = store.published(), defaultdict[str, dict[str, store.Record]](dict)
         for r in store.every(where=lines):
             filed[store.id_of(r)[0]][r["key"]] = r
-        if sum(map(len, filed.values())) < len(lines):
-            raise SidaeError(f"Lines in {paths.records()} are damaged; restore them first. Nothing is filed.")
+        if damaged := {place.file for ids, place in lines.items() if ids[1] not in filed.get(ids[0], ())}:
+            raise SidaeError(f"Lines of {', '.join(sorted(damaged))} are damaged; restore them first. "
+                             "Nothing is filed.")  # fmt: skip
+        if any(e.name.endswith(".jsonl") for e in store.line_files(paths.records())):
+            # As they are, before anything is new: a kill then leaves no two trainings of a run side by side.
+            publish(r for records in filed.values() for r in records.values())
+            log(f"The files in {paths.records()} were plain and are gzip files now.")
         for run, by_key in sorted(offered.items()):
             offer = [r for key, r in by_key.items() if key not in refused and run not in refused]
             left["of smoke scale"] += len(by_key) - len(offer)

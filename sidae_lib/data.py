@@ -94,7 +94,8 @@ def identify(name: str, *, download: bool = False) -> str:
     several that which published records use, so that figures replay without data. Raises as `load` does."""
     known = [f for f, (n, _) in KNOWN.items() if n == name]
     if known and (_published or _find(name, download) is None):
-        return next((f for f in known if records_file(f).exists()), known[0])
+        there = (f for f in known if records_file(f).exists() or records_file(f).with_suffix("").exists())
+        return next(there, known[0])
     return load(name, download=download).fingerprint
 
 
@@ -112,7 +113,7 @@ def as_published() -> Iterator[None]:
 def records_file(fingerprint: str) -> Path:
     """The first file of published records of the runs on a set, which has the set's name."""
     shown = KNOWN.get(fingerprint, ("", fingerprint))[1]
-    return paths.records() / f"{re.sub('[^a-z0-9]+', '-', shown.lower()).strip('-')}.jsonl"
+    return paths.records() / f"{re.sub('[^a-z0-9]+', '-', shown.lower()).strip('-')}.jsonl.gz"
 
 
 def by_fingerprint(fingerprint: str, **load_kwargs) -> Images:

@@ -1,13 +1,16 @@
 """The store: runs and evaluations kept as JSON, and found again by their key.
 
 The local store (SIDAE_RUNS) has a folder for each run, with its record, its evaluations and its weights.
-Published records (SIDAE_RECORDS) are a few files with one record a line, which `adoption` writes.
+Published records (SIDAE_RECORDS) are a few gzip files with one record a line, which `adoption` writes. Plain
+files of lines are read too.
 """
 
+import gzip
 import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -22,6 +25,7 @@ from .config import EvalConfig, Record, RunConfig, SidaeError, digest
 
 Config = RunConfig | EvalConfig
 Id = tuple[str, str]  # the key of the run, then that of the record, which is the same for the run's own record
+ENDS = (".jsonl", ".jsonl.gz")  # of the names of files with a record a line
 RECORD_BYTES = 2**24  # of a record, or of a file of a bundle; a run of 200 epochs has 60 thousand
 # An integer of 19 digits or more is JSON, but neither an index nor a count, and too long for a float column.
 LONG = re.compile(r"[\[,:]\s*-?\d{19}")
@@ -30,7 +34,7 @@ HEAD = re.compile(r'\{"key":"([0-9a-f]{16})",(?:"run_key":"([0-9a-f]{16})",)?') 
 
 
 class Line(NamedTuple):
-    """A published record, as it stands in its file."""
+    """A published record, as it stands in its file. Number 0: the file cannot be unpacked, and `text` says so."""
     file: str
     number: int
     text: str
@@ -107,7 +111,8 @@ def read(place: Path | Line, log: Callable | None = None) -> Record | None:
         return record
     except (OSError, *UNREADABLE) as e:
         if isinstance(place, Line):
-            (log or warnings.warn)(f"Line {place.number} of {place.file} is no whole record; it is left out.")
+            line = f"Line {place.number} of {place.file} is no whole record; it is left out."
+            (log or warnings.warn)(line if place.number else place.text)
             return None
         sentence = f"The record {place} is damaged; move it away and it is computed again."
         damaged = train.Damaged(sentence, place)
@@ -122,11 +127,16 @@ def local(store: Path | None = None) -> dict[Id, Path | Line]:
     return {_filed(path): path for path in sorted((store or paths.runs()).glob("*/*.json"))}
 
 
+def line_files(of: Path) -> list[os.DirEntry[str]]:
+    """A folder's files of lines. Gzip files come last, for of two lines with one key the later counts."""
+    entries = os.scandir(of) if os.path.isdir(of) else ()
+    return sorted((e for e in entries if e.name.endswith(ENDS)), key=lambda e: (e.name.endswith(".gz"), e.name))
+
+
 def published() -> dict[Id, Path | Line]:
     """The lines of the published records. A file is read again when its size or its time has changed."""
-    records = str(paths.records())
-    entries = [e for e in os.scandir(records) if e.name.endswith(".jsonl")] if os.path.isdir(records) else []
-    return _index(records, *sorted((e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in entries))
+    records = paths.records()
+    return _index(str(records), *((e.path, e.stat().st_size, e.stat().st_mtime_ns) for e in line_files(records)))
 
 
 @lru_cache(maxsize=2)
@@ -136,7 +146,7 @@ def _index(records: str, *files: tuple[str, int, int]) -> dict[Id, Path | Line]:
         warnings.warn(f"{records} holds folders of records, which are no longer read: file them as lines, by "
                       f"`python -m sidae_lib adopt {records}`.", stacklevel=3)  # fmt: skip
     out: dict[Id, Path | Line] = {}
-    for line in lines(Path(file) for file, *_ in files):
+    for line in _lines_or_damage(files):
         if head := HEAD.match(line.text):
             key, run = head.groups()
             out[run or key, key] = line
@@ -146,12 +156,35 @@ def _index(records: str, *files: tuple[str, int, int]) -> dict[Id, Path | Line]:
     return out
 
 
+def _lines_or_damage(files: Iterable[tuple[str, int, int]]) -> Iterator[Line]:
+    """Lines. A file that cannot be unpacked gives one that says so, for `adoption` must not file beside it."""
+    for file, *_ in files:
+        try:
+            yield from lines([Path(file)])
+        except train.Damaged as e:
+            yield Line(file, 0, str(e))
+
+
 def lines(files: Iterable[Path]) -> Iterator[Line]:
-    """The lines of files that hold a record a line."""
+    """The lines of files that hold a record a line. Raises train.Damaged for a gzip file that is not whole."""
     for file in files:
-        for number, text in enumerate(file.read_text(errors="replace").split("\n"), 1):
-            if text:
+        for number, text in enumerate(content(file).decode(errors="replace").split("\n"), 1):
+            if text.strip():  # a line end of Windows leaves a \r
                 yield Line(str(file), number, text)
+
+
+def content(file: Path) -> bytes:
+    """What a file of lines holds, unpacked. Raises train.Damaged for a gzip file that is not whole."""
+    held = file.read_bytes()
+    if file.suffix != ".gz" or held.startswith(b"{"):  # a bundle is plain text, whatever its name
+        return held
+    try:
+        if not held:  # which gzip takes for a file of nothing
+            raise EOFError
+        return gzip.decompress(held)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        sentence = f"{file} is no whole gzip file, so none of its records is read; restore it or copy it again."
+        raise train.Damaged(sentence, file) from e
 
 
 def every(kind: str = "", where: Mapping[Id, Path | Line] | None = None) -> Iterator[Record]:
@@ -231,8 +264,9 @@ def keep(config: Config, record: Record) -> Record:
 def parts(file: Path) -> Iterator[Path]:
     """The files that one goes on in, without end: records.jsonl, records-2.jsonl, records-3.jsonl ..."""
     yield file
+    stem = Path(file.name.removesuffix(".gz")).stem
     for n in count(2):
-        yield file.with_stem(f"{file.stem}-{n}")
+        yield file.with_name(f"{stem}-{n}{file.name.removeprefix(stem)}")
 
 
 def _append(bundle: Path, line: bytes) -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
+from killing import fork, kill_at_write
 
 from sidae_lib import __main__, adoption, experiments, paths, runs, store
 from sidae_lib.config import EvalConfig, SidaeError, digest
@@ -50,6 +52,45 @@ def test_adopted_records_are_found_without_the_store(made, way):
     shutil.rmtree(paths.runs())
     assert [store.find(c) for c in configs] == before
     assert adoption.adopt(bundle, log=said.append) == [] and "0 of 4" in said[-1] and "4 there already" in said[-1]
+
+
+def test_a_bundle_or_published_files_that_came_packed_are_adopted(made, monkeypatch):
+    configs, bundle = made
+    before, lines = [store.find(c) for c in configs], bundle.read_bytes().splitlines(keepends=True)
+    shutil.rmtree(paths.runs())
+    packed = bundle.with_name("packed")
+    packed.mkdir()
+    for name, half in (("x.y.jsonl.gz", lines[:2]), ("x.y-2.jsonl.gz", lines[2:])):
+        (packed / name).write_bytes(adoption.packed(b"".join(half)))
+    for n, place in enumerate((packed, packed / "x.y.jsonl.gz")):
+        monkeypatch.setenv("SIDAE_RECORDS", str(bundle.with_name(f"records-{n}")))
+        assert len(adoption.adopt(place, log=lambda _: None)) == 4
+        assert [store.find(c) for c in configs] == before
+
+
+@pytest.mark.parametrize("place", ["open", "write", "sync", "rename", "renamed"])
+@pytest.mark.parametrize("file", ["digits-2.jsonl.gz", "digits.jsonl.gz"])
+def test_a_process_that_dies_while_it_packs_loses_nothing(made, monkeypatch, file, place):
+    """The plain files go when all is written. What was read before is read after, and the next call ends the work."""
+    bundle, record = made[1], store.find(RUN)
+    others = [record | {"config": c.to_dict(), "key": c.key()} for c in (RUN.replace(seed=s) for s in range(1, 9))]
+    paths.records().mkdir()
+    plain = paths.records() / "digits.jsonl"
+    plain.write_text("".join(store.as_line(r) + "\n" for r in others))
+    monkeypatch.setattr(adoption, "FILE_BYTES", plain.stat().st_size * 2 // 3)
+
+    def published() -> dict:
+        return {ids: store.read(line) for ids, line in store.published().items()}
+
+    def attempt() -> None:
+        kill_at_write(file, place)
+        adoption.adopt(bundle, log=lambda _: None)
+
+    before = published()
+    assert fork(attempt) == -signal.SIGKILL and published() == before and len(before) == 8
+    assert len(adoption.adopt(bundle, log=lambda _: None)) == 4
+    assert (after := published()) == after | before and len(after) == 12
+    assert {"digits-2.jsonl.gz", "digits.jsonl.gz"} <= {p.name for p in paths.records().iterdir()} and not plain.exists()
 
 
 def test_a_line_cut_short_is_left_out_and_said(made):
@@ -181,6 +222,8 @@ def test_a_bundle_goes_on_in_another_file_before_it_is_too_large(made, own_store
     assert (own_store / "records-2.jsonl").read_bytes() == lines[2] + b"\n"
     assert len(adoption.adopt(own_store / "records.jsonl", log=lambda _: None)) == 3
     assert adoption.adopt(own_store / "records-2.jsonl", log=lambda _: None) == []  # there already
+    (own_store / "records-2.jsonl").rename(other := own_store / "a.jsonl.gz")  # it is plain text whatever its name
+    assert store.content(other) == lines[2] + b"\n" and adoption.adopt(other, log=lambda _: None) == []
 
 
 def test_processes_that_write_at_once_break_no_line_and_fill_no_file_over(tmp_path, monkeypatch):

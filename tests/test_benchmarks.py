@@ -1,15 +1,21 @@
 """The benchmark runs, takes turns, and counts the arithmetic of a step as one does by hand."""
 
+import io
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
-from sidae_lib import check_gpu, experiments, small_maps, store, train
+from sidae_lib import check_gpu, data, experiments, small_maps, store, train
 from sidae_lib.config import EvalConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,9 +25,9 @@ D, HIDDEN, PRED = 64, 64, 16  # heads of the smoke scale
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import __main__, contenders, timing
+    from benchmarks import __main__, contenders, jpeg, timing
 
-    return SimpleNamespace(main=__main__.main, contenders=contenders, timing=timing)
+    return SimpleNamespace(main=__main__.main, contenders=contenders, timing=timing, jpeg=jpeg)
 
 
 def test_command(benchmarks, tmp_path, capsys):
@@ -48,6 +54,47 @@ def test_command(benchmarks, tmp_path, capsys):
     assert list(steps["method"]) == ["simsiam", "sidae", "dae"]
     assert (steps["floor"] * steps["gflop_per_image"]).tolist() == pytest.approx([best] * 3)
     assert (steps["share"] * steps["floor"]).tolist() == pytest.approx(steps["median"].tolist())
+
+
+def rms(a, b) -> float:
+    return float(np.sqrt(np.square(np.float32(a) - b).mean()))
+
+
+def saved(x: np.ndarray, quality: int) -> np.ndarray:
+    Image.fromarray(x).save(file := io.BytesIO(), "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def test_a_second_jpeg_costs_as_much_as_the_first(benchmarks):
+    """Since its blocks are others; on the same blocks it would change little."""
+    first, again, same = [], [], []
+    for x in data.load("photos").split("test").images[::20].permute(0, 2, 3, 1).numpy():
+        once = saved(x, 75)
+        first.append(rms(once, x))
+        again.append(rms(benchmarks.jpeg.again(once, 75), once))
+        same.append(rms(saved(once, 75), once))
+    assert 0.8 < np.mean(again) / np.mean(first) < 1.25 and np.mean(same) < np.mean(again) / 2
+
+
+def test_a_set_saved_as_jpeg_again_keeps_its_order_and_its_labels(benchmarks, tmp_path):
+    def command(*arguments):
+        return subprocess.run([sys.executable, "-m", "benchmarks.jpeg", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "SIDAE_DATA": str(tmp_path / "sets")})  # fmt: skip
+
+    for arguments, sentence in ((["photos", "0"], "usage: python -m benchmarks.jpeg NAME QUALITY"),
+                                (["photo", "75"], "There is no data set 'photo'")):  # fmt: skip
+        failed = command(*arguments)
+        assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith(sentence)
+        assert not [*tmp_path.rglob("*.npz")]
+    assert "test: 1,300 images, pixels change by " in command("photos", "75").stdout
+    before = data.load("photos")
+    with np.load(tmp_path / "sets" / "photos_jpeg75.npz") as z:
+        assert {*z} == {"train_images", "train_labels", "test_images", "test_labels", "classes"}
+        assert (*z["classes"],) == before.classes
+        for split, part in before.splits.items():
+            assert (z[f"{split}_labels"] == part.labels.numpy()).all()
+            x, new = part.images.permute(0, 2, 3, 1).numpy(), z[f"{split}_images"]
+            assert new.shape == x.shape and (new[-1] == benchmarks.jpeg.again(x[-1], 75)).all()
 
 
 @pytest.mark.parametrize("arguments, sentence", [

@@ -393,11 +393,12 @@ def test_fingerprint_follows_its_definition(root, block, monkeypatch):
     assert data.identify("x") == hashlib.sha256(text).hexdigest()[:16]
 
 
-def test_an_absent_known_set_is_identified_by_the_records(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["b.jsonl", "b.jsonl.gz"])
+def test_an_absent_known_set_is_identified_by_the_records(root, tmp_path, monkeypatch, file):
     monkeypatch.setattr(data, "KNOWN", {"a" * 16: ("mnist", "A"), "b" * 16: ("mnist", "B"), "c" * 16: ("x", "C")})
     assert data.identify("mnist") == "a" * 16
     (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "b.jsonl").touch()
+    (tmp_path / "records" / file).touch()
     assert data.identify("mnist") == "b" * 16 and data.identify("x") == "c" * 16
     write_mnist(root)
     assert data.identify("mnist") not in data.KNOWN  # what is here decides

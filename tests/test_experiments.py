@@ -239,7 +239,8 @@ def test_a_single_value_is_a_list_of_one(name):
     assert {r.seed for r in lists[0]} == {1}
 
 
-@pytest.mark.parametrize("door", [*experiments.FIGURES.values(), *experiments.PARTS.values(), experiments.best_w, experiments.hypotheses],
+@pytest.mark.parametrize("door", [*experiments.FIGURES.values(), *experiments.PARTS.values(), experiments.best_w,
+                                  experiments.hypotheses],
                          ids=lambda door: door.__name__)  # fmt: skip
 def test_every_door_names_the_parameter_of_a_wrong_type(door):
     for given, sentence in (({"datasets": 3}, "datasets must be str or a list of them, not 3."),

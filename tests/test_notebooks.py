@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from replay import NOTEBOOKS, ROOT, cells
 
-from sidae_lib import experiments, losses, paths, store
+from sidae_lib import adoption, experiments, losses, paths, store
 
 spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
 execute = importlib.util.module_from_spec(spec)
@@ -165,11 +165,11 @@ def validate(folder: Path, edit: bool) -> str:
         asked = experiments.stl_transfer("laptop")[1]
         e = next(e for e in asked if e.kind == "linear" and e.run.method == "sidae" and e.epoch == e.run.epochs)
         file = Path(store.published()[e.run.key(), e.key()].file)
-        lines = file.read_text().split("\n")
+        lines = store.content(file).decode().split("\n")
         k = next(k for k, line in enumerate(lines) if line.startswith(f'{{"key":"{e.key()}"'))
         record = json.loads(lines[k])
         lines[k] = store.as_line(record | {"accuracy": record["accuracy"] + 1})
-        (folder / "records" / file.name).write_text("\n".join(lines))
+        (folder / "records" / file.name).write_bytes(adoption.packed("\n".join(lines).encode()))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.", "notebooks"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SIDAE_RECORDS": str(folder / "records")}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300).stdout

@@ -1,9 +1,11 @@
 """The store's files: found by their keys, whole or not there, named where they are damaged."""
 
 import fcntl
+import gzip
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,8 +34,19 @@ def publish(*configs: store.Config) -> list[store.Record]:
     return [store.find(c) for c in configs]
 
 
-def file() -> os.PathLike:
+def file() -> Path:
     return data.records_file(RUN.data)
+
+
+def unpacked(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode()
+
+
+def unpack() -> None:
+    """Makes the published files plain, as they were."""
+    for path in paths.records().iterdir():
+        path.with_suffix("").write_text(unpacked(path))
+        path.unlink()
 
 
 # --- published records: a few files of lines ------------------------------------------------------------------------
@@ -54,7 +67,7 @@ def test_a_line_holds_a_record_and_its_checksum_sorted_by_run_kind_epoch_and_key
     asked = [RUN, KNN, *(EvalConfig(run=RUN, kind=k, epoch=e) for k in ("linear", "knn") for e in (1, 0))]
     asked += [RUN.replace(seed=s) for s in range(5)]
     publish(*asked)
-    records = [json.loads(line) for line in file().read_text().splitlines()]
+    records = [json.loads(line) for line in unpacked(file()).splitlines()]
     place = [(r.get("run_key", r["key"]), r.get("kind", ""), r.get("epoch", 0), r["key"]) for r in records]
     assert place == sorted(place) and {r["key"] for r in records} == {c.key() for c in asked}
     for r in records:
@@ -67,27 +80,27 @@ def test_a_new_record_only_adds_lines_and_a_full_file_goes_on_in_another(own_sto
     size = len(store.as_line(made(RUN))) + 1
     monkeypatch.setattr(adoption, "FILE_BYTES", 30 * size)
     publish(*many[:20])
-    assert [p.name for p in paths.records().iterdir()] == ["digits.jsonl"]
-    before = file().read_text().splitlines()
+    assert [p.name for p in paths.records().iterdir()] == ["digits.jsonl.gz"]
+    before = unpacked(file()).splitlines()
     publish(*many[:21])
-    [new] = set(after := file().read_text().splitlines()) - set(before)
+    [new] = set(after := unpacked(file()).splitlines()) - set(before)
     assert [line for line in after if line != new] == before
     assert [r["key"] for r in publish(*many)] == [c.key() for c in many]
     files = sorted(paths.records().iterdir())
-    assert [p.name for p in files] == ["digits-2.jsonl", "digits.jsonl"]
-    assert all(p.stat().st_size <= adoption.FILE_BYTES for p in files)
-    sides = [{json.loads(line)["key"][0] for line in p.read_text().splitlines()} for p in files]
+    assert [p.name for p in files] == ["digits-2.jsonl.gz", "digits.jsonl.gz"]
+    assert all(len(unpacked(p)) <= adoption.FILE_BYTES < 40 * size for p in files)
+    sides = [{json.loads(line)["key"][0] for line in unpacked(p).splitlines()} for p in files]
     assert max(sides[1]) < min(sides[0])  # the key alone says where
     publish(*many[:3])
-    assert [p.name for p in paths.records().iterdir()] == ["digits.jsonl"]
+    assert [p.name for p in paths.records().iterdir()] == ["digits.jsonl.gz"]
 
 
 def test_a_set_has_a_file_of_its_name(own_store):
     other = RunConfig(method="simsiam", data="0123456789abcdef")
     transfer = EvalConfig(run=RUN, kind="knn", data=other.data)  # belongs to its run's set
     publish(RUN.replace(data="131428effbc89b28"), other, RUN, transfer)
-    assert {p.name: p.read_text().count("\n") for p in paths.records().iterdir()} == {
-        "cifar-10-jpeg-copy.jsonl": 1, "0123456789abcdef.jsonl": 1, "digits.jsonl": 2}  # fmt: skip
+    assert {p.name: unpacked(p).count("\n") for p in paths.records().iterdir()} == {
+        "cifar-10-jpeg-copy.jsonl.gz": 1, "0123456789abcdef.jsonl.gz": 1, "digits.jsonl.gz": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", [
@@ -97,10 +110,10 @@ def test_a_set_has_a_file_of_its_name(own_store):
 def test_a_damaged_line_is_named_and_the_rest_is_used(own_store, damage):
     others = [RUN, EvalConfig(run=RUN, kind="linear")]
     publish(*others, KNN)
-    lines = file().read_text().splitlines()
+    lines = unpacked(file()).splitlines()
     [n] = [n for n, line in enumerate(lines) if KNN.key() in line]
     lines[n] = damage(lines[n])
-    file().write_text("\n".join(lines) + "\n")
+    file().write_bytes(adoption.packed(("\n".join(lines) + "\n").encode()))
     named = f"Line {n + 1} of {file()} is no whole record"
     with pytest.warns(UserWarning, match=named):
         assert store.find(KNN) is None
@@ -109,7 +122,8 @@ def test_a_damaged_line_is_named_and_the_rest_is_used(own_store, damage):
         assert len(list(store.every())) == 2
     before = file().read_bytes()
     store.keep(KNN, made(KNN))
-    with pytest.raises(SidaeError, match="are damaged; .* Nothing is filed"), pytest.warns(match=named):  # it would be lost
+    refusal = f"Lines of {file()} are damaged; .* Nothing is filed"  # the line would be lost
+    with pytest.raises(SidaeError, match=refusal), pytest.warns(match=named):
         adoption.adopt(paths.runs(), log=quiet)
     assert file().read_bytes() == before
 
@@ -120,9 +134,70 @@ def test_a_file_that_changed_is_read_again_and_its_lines_may_be_anyones(own_stor
     assert store.find(RUN) and not store.find(KNN)
     monkeypatch.undo()
     monkeypatch.setenv("SIDAE_RECORDS", str(own_store / "records"))
-    with file().open("a") as f:
+    with gzip.open(file(), "at") as f:
         f.write(json.dumps(made(KNN), indent=None) + "\n\n")  # in another order, with spaces and without a checksum
     assert store.find(KNN) == made(KNN)
+
+
+def test_a_published_file_is_its_lines_packed_and_its_bytes_are_those_of_any_machine(own_store):
+    asked = [RUN, KNN, *(RUN.replace(seed=s) for s in range(1, 50))]
+    publish(*asked)
+    assert sorted(unpacked(file()).splitlines(keepends=True)) == sorted(store.as_line(made(c)) + "\n" for c in asked)
+    first = file().read_bytes()
+    assert first[:10] == bytes.fromhex("1f8b 0800 00000000 02ff")  # no name, no time, level 9, no system
+    publish(*reversed(asked))
+    assert file().read_bytes() == first
+    file().write_bytes(other := gzip.compress(gzip.decompress(first), 1))  # as another zlib may pack it
+    publish(*asked)
+    assert file().read_bytes() == other != first
+    publish(*asked[1:])
+    publish(*asked)
+    assert file().read_bytes() == first
+
+
+def test_plain_files_are_read_and_adopt_packs_them(own_store, monkeypatch):
+    """Beside the packed file of the same set they add nothing twice, and of two lines with one key the packed one counts."""
+    monkeypatch.setattr(adoption, "FILE_BYTES", 20 * len(store.as_line(made(RUN))))
+    many = [RUN.replace(seed=s) for s in range(30)]
+    publish(*many)
+    packed = {p: p.read_bytes() for p in paths.records().iterdir()}
+    before = dict(store.published())
+    unpack()
+    assert len(packed) == 2 and all(path.with_suffix("").exists() and not path.exists() for path in packed)
+    assert [line._replace(file=f"{line.file}.gz") for line in store.published().values()] == [*before.values()]
+    adoption.adopt(paths.runs().parent, log=quiet)  # where nothing is new
+    assert {p: p.read_bytes() for p in packed} == packed and {p.name for p in paths.records().iterdir()} - {".lock"} == {
+        p.name for p in packed}  # fmt: skip
+    changed = made(many[0], seconds=2.5)
+    file().with_suffix("").write_text(store.as_line(changed) + "\n" + store.as_line(made(KNN)) + "\n")
+    assert store.published().keys() == {*before, store.id_of(made(KNN))} and store.find(many[0])["seconds"] == 1.5
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:-9], lambda b: b[: len(b) // 2], lambda b: b[:5], lambda b: b"", lambda b: b"<<<<<<< ours\n",
+    lambda b: b[:10] + b"\xff" + b[11:], lambda b: b[:-6] + bytes([b[-6] ^ 8]) + b[-5:],
+], ids=["no end", "cut", "cut in its head", "empty", "conflict", "no such block", "another sum"])  # fmt: skip
+def test_a_damaged_gzip_file_is_named_and_nothing_is_filed_beside_it_or_from_it(own_store, damage):
+    other = RUN.replace(data="131428effbc89b28")
+    publish(RUN, KNN, other)
+    whole = file().read_bytes()
+    file().write_bytes(cut := damage(whole))
+    named = f"{file()} is no whole gzip file, so none of its records is read; restore it"
+    with pytest.warns(UserWarning, match=named):
+        assert store.find(RUN) is None
+    with pytest.warns(UserWarning, match=named):
+        assert [r["key"] for r in store.every()] == [other.key()]
+    store.keep(KNN, made(KNN))
+    with pytest.raises(SidaeError, match=f"Lines of {file()} are damaged; .* Nothing is filed"), pytest.warns(match=named):
+        adoption.adopt(paths.runs(), log=quiet)
+    with pytest.raises(train.Damaged, match=named):
+        adoption.publish([made(RUN)])
+    assert file().read_bytes() == cut
+    paths.records().rename(source := own_store / "copied")
+    for place in (source, source / file().name):
+        with pytest.raises(SidaeError, match=f"{source / file().name} is no whole gzip file"):
+            adoption.adopt(place, log=quiet)
+    assert not paths.records().exists()
 
 
 def test_a_tree_of_records_as_they_were_is_to_be_adopted(own_store, monkeypatch):
