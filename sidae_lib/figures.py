@@ -87,7 +87,8 @@ def panels(table: pd.DataFrame, by: str = "panel", columns: int = 3, size: tuple
     for k, (ax, (name, rows)) in enumerate(zip(grid, groups)):
         said = textwrap.wrap(stamp(rows), int(size[0] * 20)) if stamped else []
         ax.set_title(textwrap.fill(str(name), int(size[0] * 15)), pad=4 + 8 * len(said))
-        ax.text(0.5, 1.02, "\n".join(said), transform=ax.transAxes, ha="center", va="bottom", fontsize=6, color=INK)
+        above = 1 + 0.044 / size[1]  # the same distance in inches, however high the panel is
+        ax.text(0.5, above, "\n".join(said), transform=ax.transAxes, ha="center", va="bottom", fontsize=6, color=INK)
         yield ax, rows
         if ax.get_legend():
             ax.get_legend().remove()
@@ -100,7 +101,7 @@ def panels(table: pd.DataFrame, by: str = "panel", columns: int = 3, size: tuple
 def stamp(rows: pd.DataFrame) -> str:
     """What a panel's numbers are made of: "laptop scale, n = 3 (untrained 5), Intel Xeon, 2 threads".
 
-    n: seeds of each `name`, or the column `n` where rows are means.
+    n: seeds of each `name`, or the column `n` where rows are means; without names from the fewest on.
     """
     if "own" in rows and not rows["own"].all():
         rows = rows[~rows["own"]]  # the reader's run stands on top of them
@@ -111,7 +112,8 @@ def stamp(rows: pd.DataFrame) -> str:
         n = many["n"].max() if "n" in rows else many["seed"].nunique()
         usual = n.mode().iloc[-1]
         others = [f"{name} {k}" for name, k in n.items() if k != usual]
-        said.append(f"n = {usual}" + f" ({', '.join(others)})" * bool(others))
+        few = f"{rows['n'].min()} to " if "n" in rows and "name" not in rows and rows["n"].min() < usual else ""
+        said.append(f"n = {few}{usual}" + f" ({', '.join(others)})" * bool(others))
     return ", ".join([*said, *sorted({h for one in rows.get("hardware", []) for h in one.split("; ")})])
 
 
