@@ -62,5 +62,5 @@ if [ ! -e "$CHECKED" ]; then
 fi
 learn seeds "$(within 86400)" accuracy_vs_epochs --seeds "$SEEDS" --jobs "${JOBS:-3}" \
     --methods sidae simsiam dae supervised untrained
-learn choices "$(within 86400)" open_choices --jobs "${JOBS:-3}" --until 25
+learn choices "$(within 86400)" open_choices --jobs "${JOBS:-3}" $([ "${SCALE:-paper}" = paper ] && echo --until 25)
 for log in "$OUT"/*.log; do echo "== $log" && tail -n 3 "$log"; done

@@ -1,8 +1,8 @@
 """An image set saved as JPEG once more: `python -m benchmarks.jpeg NAME QUALITY` writes SIDAE_DATA/NAME_jpegQUALITY.npz.
 
-Our CIFAR-10 is a JPEG copy, quality 75. What that costs is not known without the originals. What as much again costs, is.
-JPEG rounds in blocks of eight pixels, and to round the same blocks twice changes little. So the blocks are moved by four
-pixels here, and a second compression loses about as much as a first one does.
+Our CIFAR-10 is a JPEG copy, quality 75. Without the originals we cannot measure what that costs. We can measure a second loss
+of about the same size. JPEG rounds in blocks of 8 x 8 pixels, in 16 x 16 for the colours. To round the same blocks twice
+changes little, so the blocks are moved by four pixels.
 """
 
 import io
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from sidae_lib import data, paths, train
 from sidae_lib.config import SidaeError
 
-MOVED = 4  # pixels, half a block
+MOVED = 4  # pixels
 
 
 def again(image: np.ndarray, quality: int) -> np.ndarray:

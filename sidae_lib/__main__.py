@@ -231,6 +231,8 @@ def _adopt(args: argparse.Namespace) -> None:
         return {name: [c.key() for part in parts for c in part] for name, parts in needs.items()}
 
     smoke = {key for keys in wanted("smoke").values() for key in keys}
+    for name in experiments.scale_of("smoke").datasets:  # a rehearsal may ask for any of them
+        smoke |= {c.key() for part in experiments.open_choices("smoke", name) for c in part}
     new = {key for source in args.sources for key in adoption.adopt(source, smoke)}
     for scale in SCALES[1:] if new else ():
         for name, keys in wanted(scale).items():

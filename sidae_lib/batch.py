@@ -234,7 +234,9 @@ def _asked(args: argparse.Namespace, parameters: dict[Path, dict[str, Any]]) -> 
         images = papermill.inspect_notebook(nb).get("images")  # of one's own: a set's name, until it is changed
         datasets = [ast.literal_eval(images["default"])] if images else given.get("datasets", ())
         with suppress(SidaeError), warnings.catch_warnings(action="ignore"):  # the notebook says what is wrong
-            builds = [experiments.FIGURES[name], *([experiments.open_choices] if name == "datasets_table" else [])]
+            builds = [experiments.FIGURES[name]]
+            if name == "datasets_table" and args.scale != "paper":  # where the notebook stops after few epochs
+                builds.append(experiments.open_choices)
             out[nb] = [c for build in builds for part in build(args.scale, datasets, given.get("seeds", ())) for c in part]
     return out
 

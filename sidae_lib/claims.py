@@ -188,8 +188,8 @@ def _beside(row: Any, scale: str) -> str:
     if scale != "paper":
         return f"not comparable: {scale} scale"
     verdict = "above" if row.z > 0 else "below"
-    if not abs(row.z) < np.inf:
-        verdict = "undecided"
+    if row.n < SEEDS or not abs(row.z) < np.inf:
+        verdict = f"undecided (n = {row.n})"
     elif abs(row.z) <= 2:
         verdict = "agrees"
     return verdict + ", data copy" * ("copy" in row.display)

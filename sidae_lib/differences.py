@@ -51,6 +51,10 @@ class Difference:
         spread = self.seeds.std(ddof=1) / n**0.5
         return np.hypot(stats.t.isf(alpha / 2, n - 1) * spread, stats.norm.isf(alpha / 2) * self.images)
 
+    def bar(self) -> float:
+        """Half of the 95 % interval, to be drawn; of one seed only what the choice of the test images gives."""
+        return float(self.half()) if len(self) > 1 else 1.96 * self.images
+
     def interval(self) -> tuple[float, float, float]:
         """Mean, and the two-sided 95 % interval around it."""
         half = float(self.half())

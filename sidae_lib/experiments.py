@@ -30,17 +30,19 @@ from .scales import (  # noqa: F401
 
 Asked = Iterator[RunConfig | EvalConfig]
 FIGURES: dict[str, Callable[..., Needs]] = {}  # with a notebook, in the order of the notebooks
-PARTS: dict[str, Callable[..., Needs]] = {}  # asked for apart: a section of a notebook
+PARTS: dict[str, Callable[..., Needs]] = {}  # asked for apart: sections of the notebook of datasets_table
 
 
 def _figure(build: Callable[..., Asked], into: dict[str, Callable[..., Needs]] = FIGURES) -> Callable[..., Needs]:
-    """A figure as people ask for it: one set is a list of one. Returns runs and evaluations, each once."""
+    """A figure as people ask for it: one set is a list of one. Returns runs and evaluations, each once; of a run
+    that is evaluated before its end, the evaluations alone."""
 
     @wraps(build)
     def needs(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), *more, **named) -> Needs:
         lists = typed("datasets", datasets, list), typed("seeds", seeds, list)
         asked = list(dict.fromkeys(build(scale, *lists, *more, **named)))
-        runs = dict.fromkeys(c.run if isinstance(c, EvalConfig) else c for c in asked)
+        ends = [c for c in asked if isinstance(c, RunConfig) or c.epoch == c.run.epochs]
+        runs = dict.fromkeys(map(store.run_of, ends))
         return list(runs), [c for c in asked if isinstance(c, EvalConfig)]
 
     into[build.__name__] = needs
@@ -386,9 +388,9 @@ def figure(name: str) -> Callable[..., Needs]:
 def needs(scale: str, names: Iterable[str] = ()) -> dict[str, Needs]:
     """Figure -> what it needs at a scale, of those whose image sets are there or known."""
     out = {}
-    for name in names or FIGURES | PARTS:
+    for name, build in {name: figure(name) for name in names or FIGURES | PARTS}.items():
         with suppress(SidaeError), warnings.catch_warnings(action="ignore"):
-            out[name] = figure(name)(scale)
+            out[name] = build(scale)
     return out
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -98,10 +99,15 @@ def panels(table: pd.DataFrame, by: str = "panel", columns: int = 3, size: tuple
     legend(fig)
 
 
+def _from_to(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(high) if low == high else f"{low} to {high}"
+
+
 def stamp(rows: pd.DataFrame) -> str:
     """What a panel's numbers are made of: "laptop scale, n = 3 (untrained 5), Intel Xeon, 2 threads".
 
-    n: seeds of each `name`, or the column `n` where rows are means; without names from the fewest on.
+    n: seeds of each `name`, or the column `n` where rows are means, from the fewest to the most.
     """
     if "own" in rows and not rows["own"].all():
         rows = rows[~rows["own"]]  # the reader's run stands on top of them
@@ -109,11 +115,10 @@ def stamp(rows: pd.DataFrame) -> str:
     names = rows["name"] if "name" in rows else pd.Series("", rows.index)
     many = rows.groupby(names, sort=False)
     if "n" in rows or "seed" in rows:
-        n = many["n"].max() if "n" in rows else many["seed"].nunique()
-        usual = n.mode().iloc[-1]
+        n = many["n"].unique().map(_from_to) if "n" in rows else many["seed"].nunique()
+        usual = Counter(n).most_common(1)[0][0]  # of several the first
         others = [f"{name} {k}" for name, k in n.items() if k != usual]
-        few = f"{rows['n'].min()} to " if "n" in rows and "name" not in rows and rows["n"].min() < usual else ""
-        said.append(f"n = {few}{usual}" + f" ({', '.join(others)})" * bool(others))
+        said.append(f"n = {usual}" + f" ({', '.join(others)})" * bool(others))
     return ", ".join([*said, *sorted({h for one in rows.get("hardware", []) for h in one.split("; ")})])
 
 

@@ -141,8 +141,7 @@ def probes(table: pd.DataFrame) -> pd.DataFrame:
 
 def gains(cases: Mapping[str, Records]) -> pd.DataFrame:
     """What each change of `experiments.hypotheses` does: a row per change, share of labels and method that the
-    change concerns, with the accuracy less that without it, paired by seed, and half of the 95 % interval; of one
-    seed `half` is the chance of the scored images alone."""
+    change concerns, with the accuracy minus that without it, paired by seed; half: `Difference.bar`."""
     if not cases.get("none"):
         return pd.DataFrame()
     rows, plain = [], evaluations(cases["none"])
@@ -150,15 +149,15 @@ def gains(cases: Mapping[str, Records]) -> pd.DataFrame:
         other = [r for r in records if r["run_key"] not in {*plain["run_key"]}]
         for (share, method), part in evaluations(other).groupby(["labels", "method"], sort=False) if other else ():
             gain = differences.between(part, differences.where(plain, {"labels": share, "method": method}))
-            half = gain.half() if len(gain) > 1 else 1.96 * gain.images
-            rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, "method": method,
-                         "gain": gain.mean, "half": half, "n": len(gain), "hardware": distinct(part["hardware"])})
+            if len(gain):
+                rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, "method": method,
+                         "gain": gain.mean, "half": gain.bar(), "n": len(gain), "hardware": distinct(part["hardware"])})
     return pd.DataFrame(rows).round(2)
 
 
 def order(cases: Mapping[str, Records]) -> pd.DataFrame:
-    """Mean accuracies per change of `experiments.hypotheses` and share of labels, and SidAE less the better
-    of the others, paired by seed, with its 95 % interval; of changes that every method has."""
+    """Mean accuracies per change of `experiments.hypotheses` and share of labels, and SidAE minus the better
+    of the others, paired by seed, with its 95 % interval; of changes that every method has. half: `Difference.bar`."""
     rows, every = [], {r["config"]["run"]["method"] for each in cases.values() for r in each}
     for change, records in cases.items():
         for share, part in evaluations(records).groupby("labels", sort=False) if records else ():
@@ -169,7 +168,7 @@ def order(cases: Mapping[str, Records]) -> pd.DataFrame:
             lead = differences.Difference(wide["sidae"] - better, 2**0.5 * part["error"].mean())
             interval = dict(zip(("lead", "low", "high"), lead.interval()))
             rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, **wide.mean(),
-                         "n": len(lead), **interval, "SidAE leads": lead.verdict(),
+                         "n": len(lead), **interval, "half": lead.bar(), "SidAE leads": lead.verdict(),
                          "hardware": distinct(part["hardware"])})
     return pd.DataFrame(rows).round(2)
 

@@ -33,8 +33,8 @@ KNOWN = {  # fingerprint -> (name, display)
     "fbb75332605f2ffc": ("cifar10_jpeg25", "CIFAR-10 (JPEG copy, again at quality 25)"),
     "a194b1f1e8fabeba": ("tinyimagenet32", "Tiny ImageNet 32 (50k)"),
 }
-TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "tinyimagenet32": 50_000,
-            "mnist5k": 4_000, "digits": 1_437}  # images
+TRAINING = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "cifar10_jpeg75": 50_000,
+            "cifar10_jpeg25": 50_000, "tinyimagenet32": 50_000, "mnist5k": 4_000, "digits": 1_437}  # images
 
 
 @dataclass(frozen=True)

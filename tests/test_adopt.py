@@ -192,6 +192,14 @@ def test_of_two_machines_the_one_that_got_further_stays_whole(offer, first, then
     assert (f"take the place of the {len(first)} that were filed" in said) == (stays == "b")
 
 
+def test_the_command_refuses_a_rehearsal_of_the_open_choices(own_store, capsys):
+    """CONTRIBUTING's is of digits, though scale smoke takes its last set, photos."""
+    [asked, *_] = experiments.hypotheses("smoke", "digits")["twice the rate"]
+    runs.fetch_all([asked], device="cpu", log=lambda _: None)
+    assert __main__.main(["adopt", str(paths.runs())]) == 0
+    assert "; 2 of smoke scale." in capsys.readouterr().out and not store.published()
+
+
 def test_the_command_refuses_smoke_scale_and_names_stale_figures(made, capsys):
     configs, bundle = made
     assert __main__.main(["adopt", str(bundle)]) == 0

@@ -224,6 +224,8 @@ def test_a_value_meets_its_published_cell():
     assert value["z"] == pytest.approx((52 - 51.67) / np.hypot(1 / 3**0.5, 0.28), abs=0.01) and value["verdict"] == "agrees"
     rows = [r | {"accuracy": r["accuracy"] - 20} for r in rows]
     assert scored(rows).iloc[0]["verdict"] == "below"
+    few = scored(rows[:2]).iloc[0]
+    assert few["verdict"] == "undecided (n = 2)" and few["z"] < -10  # two seeds decide nothing
 
 
 def test_a_figures_end_points_are_those_of_the_same_pre_training_set():

@@ -380,6 +380,7 @@ def test_fingerprint_is_of_the_content_alone(root, tmp_path):
 def test_golden_fingerprints_of_the_embedded_sets():
     for name in ("digits", "photos"):
         assert data.KNOWN[data.identify(name)] == (name, name)
+    assert {name for name, _ in data.KNOWN.values()} - {"photos"} == {*data.TRAINING}  # so that times are known without images
 
 
 @pytest.mark.parametrize("block", [data.BLOCK, 100])

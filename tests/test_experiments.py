@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sidae_lib import data, diagrams, experiments, frames, methods, own, runs, scales, store
+from sidae_lib import data, diagrams, experiments, frames, methods, own, runs, scales, store, tasks
 from sidae_lib.config import EvalConfig, RunConfig, SidaeError
 from tests.test_data import write_stl
 
@@ -39,16 +39,16 @@ def test_table_1_trains_nothing_of_its_own():
 @pytest.mark.parametrize("scale", ["smoke", "quick", "laptop", "paper"])
 def test_the_open_choices_are_asked_for_apart(scale):
     """By `run` and by the book's counts, and never by a figure of a paper: they would hold back its panel."""
-    asked = experiments.figure("open_choices")(scale, "digits" if scale == "smoke" else ())[1]
-    assert {*asked} == {*sum(experiments.hypotheses(scale, "digits" if scale == "smoke" else ()).values(), [])}
+    trained, asked = experiments.open_choices(scale)
     assert (scale == "quick") == (not asked) and {"open_choices", "jpeg_again"} <= {*experiments.needs(scale)}
+    assert {*trained} == ({e.run for e in asked} if scale != "paper" else set())  # which needs no run's end
     assert not {"open_choices", "jpeg_again"} & {*experiments.evaluations(scale)}
 
 
 CHANGES = {"targets in [0, 1]": {"target"}, "twice the rate": {"lr"}, "twice the steps": {"epochs"},
            "residual blocks start at 0": {"zero_init"}, "each view restored": {"recon_target"},
            "no decay of biases": {"decay_bias"}, "narrow projector": {"hidden"}, "affine projector": {"proj_affine"},
-           "decoder half as wide": {"decoder"}, "blur, as on MNIST": {"augment"}, "raw pixels": {"stats"},
+           "decoder half as wide": {"decoder"}, "blur, as on MNIST": {"augment"}, "raw pixels, targets too": {"stats"},
            "predictor's rate constant": {"predictor_lr"}, "CIFAR stem": {"stem"}}  # fmt: skip
 
 
@@ -63,10 +63,17 @@ def test_a_hypothesis_is_one_change_and_never_looks_at_test(scale):
             read = {f for f in CHANGES[change] if f in methods.METHODS[e.run.method].reads or f not in methods.SHARED}
             assert {k for k in a | b if a.get(k) != b.get(k)} == read
         tried = {e.run.seed for e in evals}
-        assert tried == ({0} if scale == "paper" or list(CHANGES).index(change) > 3 else {0, 1, 2})
+        assert tried == ({4} if scale == "paper" else {0} if list(CHANGES).index(change) > 3 else {0, 1, 2})
         assert len(evals) == 2 * len(tried) * (2 if scale == "paper" else 3)  # shares of labels, methods
         assert {(e.score_on, e.labels) for e in evals} == {("val", labels) for labels in experiments.scale_of(scale).labels}
         assert all(e.epoch == (25 if scale == "paper" else e.run.epochs) for e in evals)
+
+
+def test_a_choice_at_paper_scale_trains_to_its_first_checkpoint_alone():
+    jobs = tasks.plan([c for part in experiments.open_choices("paper") for c in part], until=25)
+    assert {(job.until, *job.epochs) for job in jobs} == {(25, 25)} and len(jobs) == 23  # two methods, less what each reads not
+    known = {r["key"] for r in store.every("run", store.published())}
+    assert not {job.run.key() for job in jobs} & known  # evaluations of another training would not be filed
 
 
 def test_the_hypotheses_of_other_scales_and_sets():
@@ -107,13 +114,15 @@ def test_a_gain_is_paired_by_seed_and_leaves_out_whom_a_change_does_not_concern(
     half = 1.96 * ((63 * 37 + 60 * 40) / 10_000) ** 0.5
     assert (row["method"], row["gain"], row["n"], row["half"]) == ("sidae", 3.0, 1, round(half, 2))
     assert frames.gains({"none": []}).empty and frames.gains({}).empty
+    assert frames.gains({"none": none[:1], "targets in [0, 1]": unit}).empty  # nothing to pair with
 
 
 def test_a_lead_needs_every_method():
     evals = experiments.hypotheses("laptop", ["cifar10"], [0])
     records = {c: [recorded(e, 50.0) for e in each] for c, each in evals.items()}
     records["CIFAR stem"] = [r for r in records["CIFAR stem"] if r["config"]["run"]["method"] != "dae"]
-    assert "CIFAR stem" not in {*frames.order(records)["change"]} and "raw pixels" in {*frames.order(records)["change"]}
+    changes = {*frames.order(records)["change"]}
+    assert "CIFAR stem" not in changes and "raw pixels, targets too" in changes
 
 
 def test_what_was_found_is_said_in_a_sentence(own_store):
@@ -229,6 +238,11 @@ def test_a_figure_shows_few_of_a_sets_images():
     """At most 200 in all: of each network's record six queries with five neighbours each."""
     for scale in ("laptop", "paper"):
         assert 36 * len(experiments.tsne(scale)[1]) <= 200
+
+
+def test_a_figure_that_nobody_knows_is_named():
+    with pytest.raises(SidaeError, match="Unknown figure 'typo'; choose from .*, open_choices, jpeg_again"):
+        experiments.needs("smoke", ["typo"])
 
 
 @pytest.mark.parametrize("name", experiments.FIGURES)

@@ -66,6 +66,7 @@ def test_a_panel_per_value_with_what_its_numbers_are_made_of():
     ({"scale": ["paper"] * 3, "name": ["SidAE", "SimSiam", "Untrained"], "n": [2, 2, 5]}, "paper scale, n = 2 (Untrained 5)"),
     ({"name": ["SidAE"] * 3, "seed": [0, 1, 3], "own": [False, False, True], "hardware": "X"}, "n = 2, X"),
     ({"scale": ["laptop"] * 2, "n": [3, 1]}, "laptop scale, n = 1 to 3"),
+    ({"name": ["SidAE", "Untrained"] * 2, "n": [2, 5, 2, 1]}, "n = 2 (Untrained 1 to 5)"),
     ({"hardware": ["a; b", "b"]}, "a, b"), ({"x": [1]}, ""),
 ])  # fmt: skip
 def test_a_stamp(rows, said):

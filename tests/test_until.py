@@ -82,6 +82,13 @@ def test_encoders_run_whole(own_store):
     assert all(e.epoch <= 1 for r, j in jobs.items() if j.until for e in j.evals)
 
 
+def test_evaluations_that_ask_for_no_more_are_all_there_is_to_do(own_store):
+    """As notebook 03 asks for what the paper leaves open: the run itself stays unfinished, and nothing is left."""
+    few = wanted("simsiam", 2, (1,))[1:]
+    assert len(fetch(few, until=1)) == len(few) == 1 and store.checkpoint(few[0].run).exists()
+    assert store.find(few[0].run) is None and not store.missing(few)
+
+
 def test_until_is_an_epoch(own_store):
     with pytest.raises(SidaeError, match="at least 1, not 0"):
         fetch(wanted(), until=0)
