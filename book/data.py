@@ -50,12 +50,10 @@ def counts() -> dict[str, tuple[Counter, Counter]]:
     """Fingerprint -> published runs that train on the set by scale, and evaluations of it by kind."""
     out: dict[str, tuple[Counter, Counter]] = {f: (Counter(), Counter()) for f in places.KNOWN}
     scale = scales_of()
-    trained = {}
     for r in store.every("run", store.published()):
-        trained[r["key"]] = r["config"]["data"]
         out[r["config"]["data"]][0][scale.get(r["key"], "no scale")] += 1
     for r in store.every("evaluation", store.published()):
-        out[r["config"].get("data") or trained[r["run_key"]]][1][r["kind"]] += 1
+        out[r["config"].get("data") or r["config"]["run"]["data"]][1][r["kind"]] += 1
     return out
 
 
