@@ -145,13 +145,15 @@ def gains(cases: Mapping[str, Records]) -> pd.DataFrame:
     if not cases.get("none"):
         return pd.DataFrame()
     rows, plain = [], evaluations(cases["none"])
+    unchanged = {*plain["run_key"]}
     for change, records in cases.items():
-        other = [r for r in records if r["run_key"] not in {*plain["run_key"]}]
+        other = [r for r in records if r["run_key"] not in unchanged]
         for (share, method), part in evaluations(other).groupby(["labels", "method"], sort=False) if other else ():
             gain = differences.between(part, differences.where(plain, {"labels": share, "method": method}))
             if len(gain):
                 rows.append({"display": part["display"].iloc[0], "labels": share, "change": change, "method": method,
-                         "gain": gain.mean, "half": gain.bar(), "n": len(gain), "hardware": distinct(part["hardware"])})
+                             "gain": gain.mean, "half": gain.bar(), "n": len(gain),
+                             "hardware": distinct(part["hardware"])})
     return pd.DataFrame(rows).round(2)
 
 

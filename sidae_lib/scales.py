@@ -122,7 +122,7 @@ def run(method: str, dataset: str, scale: str, seed: int = 0, **changes) -> RunC
     if method not in methods.METHODS:
         raise SidaeError(f"Unknown method {method!r}; choose from {', '.join(methods.METHODS)}.")
     cls, recipe = methods.METHODS[method], RECIPES.get(method, {})
-    fields = {k: v for k, v in s.run.items() if k not in methods.SHARED or k in cls.reads}
+    fields = methods.read(method, s.run)
     known = data.identify(typed("dataset", dataset, str), download=bool(os.environ.get("SIDAE_DOWNLOAD")))
     fields |= {"method": method, "data": known, "seed": seed, "channels": s.grey if dataset in GREY else 3}
     if method == "untrained":
@@ -209,8 +209,7 @@ def scenarios(scale: str, dataset: str, seed: int, change: dict[str, Any]) -> li
 
 def changed(run: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     """The run with other values of those fields that its method reads."""
-    reads = methods.METHODS[run.method].reads
-    return run.replace(**{k: v for k, v in fields.items() if k in reads or k not in methods.SHARED})
+    return run.replace(**methods.read(run.method, fields))
 
 
 def hypotheses(scale: str, datasets: Sequence[str] = (), seeds: Sequence[int] = ()

@@ -8,6 +8,7 @@ no blur at 32 pixels; the last BatchNorm of a residual block does not start at 0
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 from .. import augment
@@ -22,6 +23,11 @@ NAMES = {m: cls.look.name for m, cls in METHODS.items()}  # in figures and table
 COLOURS = {m: cls.look.colour for m, cls in METHODS.items()}  # Okabe & Ito's, then Tol's and Brewer's dark
 MARKERS = {m: cls.look.marker for m, cls in METHODS.items() if cls.look.marker}
 SHARED = {f for cls in METHODS.values() for f in cls.reads}  # fields that some methods read and others do not
+
+
+def read(method: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the fields that the method reads."""
+    return {k: v for k, v in fields.items() if k not in SHARED or k in METHODS[method].reads}
 
 
 def check(config: RunConfig) -> type[Method]:
