@@ -27,32 +27,16 @@ def evaluations(scale: str) -> dict[str, list[Record]]:
 @cache
 def boards(scale: str) -> list[pd.DataFrame]:
     """The scoreboard of the records that decide; and, for the book of the records, what paper scale has
-    besides: too few seeds yet. Each row has its scale."""
-    first = evaluations(scale)
-    out = [scaled(claims.scoreboard(first, scale), first, scale)]
+    besides: claims of which a case has too few seeds yet."""
+    out = [claims.scoreboard(evaluations(scale), scale)]
     if scale == recorded.BEST:
         with data.as_published():
-            paper = recorded.evaluations("paper")
-        same = ["statement", "case", "n", "ours", "difference"]
-        rest = scaled(claims.scoreboard(paper, "paper"), paper, "paper")
-        rest = rest.merge(out[0][same], "left", same, indicator="known")
-        out.append(rest[rest.pop("known") == "left_only"])
+            paper = claims.scoreboard(recorded.evaluations("paper"), "paper")
+        about = ["statement", "case", "scale"]
+        rest = paper.merge(out[0][about], "left", about, indicator="known")
+        rest = rest[rest.pop("known") == "left_only"]
+        out.append(rest.assign(**{"claim verdict": rest["claim verdict"].where(rest["published"].notna(), claims.FEW)}))
     return out
-
-
-def scaled(board: pd.DataFrame, records: dict[str, list], scale: str) -> pd.DataFrame:
-    """A scoreboard with the scale of each row: that of the records of its figure and set of images."""
-    about = pd.read_csv(Path(claims.__file__).with_name("claims.csv")).set_index("claim")["figure"]
-    figure = about[~about.index.duplicated()]
-    known = {name: {r["data"]["display"]: r.get("scale") or scale for r in found}
-             for name, found in records.items()}  # fmt: skip
-
-    def of(statement: str, case: str) -> str:
-        found = known[figure.get(statement, claims.TABLE)]
-        sets = [part for part in re.split(", | to ", case) if part in found]
-        return joined(found[part] for part in sets or found)
-
-    return board.assign(scale=[of(r.statement, r.case) for r in board.itertuples()])
 
 
 def joined(words: Iterable[str]) -> str:
@@ -114,8 +98,8 @@ def claim(c: dict, rows: pd.DataFrame) -> str:
     alone = ", ".join(f"{c[verdict]} {verdict}" for verdict in claims.VERDICTS)
     chance = f"Chance alone would decide about {c['by chance']:g} of {c['tested']}."
     about = f"If each tested case stood alone: {alone}. {chance}" if c["tested"] else ""
-    scale, n = joined(rows["scale"]), rows["n"].max()
-    verdict = c["verdict"] if c["tested"] else f"{scale} scale, n = {n}: undecided until three seeds"
+    scale, n = joined(rows["scale"]), " or ".join(map(str, sorted(rows["n"].unique())))
+    verdict = f"{scale} scale, n = {n}: undecided until three seeds" if c["verdict"] == claims.FEW else c["verdict"]
     fold = (f"<details><summary>{escape(c['statement'])}</summary>"
             f'<div class="cases"><div>{about}{cases(rows)}</div></div></details>')  # fmt: skip
     paper = kept(f"{c['paper']}, {c['source']}")
@@ -166,8 +150,9 @@ def reading(boards: list[pd.DataFrame]) -> str:
     if few:
         said.append(f"Of the undecided claims, {few} {'has' if few == 1 else 'have'} fewer than three seeds.")
     if len(boards) > 1 and len(more := claims.claims(boards[1])):
-        said.append(f"The paper's own scale has records for {len(more)} of the claims, but so far of fewer than three "
-                    "seeds. These stand at the end of the table. Once there are three seeds, that scale decides.")  # fmt: skip
+        said.append(f"The paper's own scale has records for {len(more)} claims that it does not decide yet: in one case at "
+                    "least there are fewer than three seeds. These stand at the end of the table. Once every case has "
+                    "three seeds, that scale decides.")  # fmt: skip
     return "\n".join(said)
 
 

@@ -27,9 +27,10 @@ PROBE = "frozen, linear SGD 50 epochs"  # the protocol of Table 1, which kind li
 TABLE = "datasets_table"  # the figure whose evaluations stand beside the published numbers
 NAMES = {"value": "published", "se": "published_se", "pretrain_data": "pretrain_name"}  # beside ours
 VERDICTS = ("supported", "contradicted", "undecided")
+FEW = "undecided (fewer than three seeds)"  # of a claim
 BOARD = ["paper", "source", "statement", "claim verdict", "case", "n", "ours", "se", "published",
          "published_se", "difference", "low", "high", "z", "p", "verdict", "after Holm",
-         "would decide"]  # fmt: skip
+         "would decide", "scale"]  # fmt: skip
 
 
 def table(**by: str | float) -> pd.DataFrame:
@@ -56,20 +57,22 @@ def beside_published(summary: pd.DataFrame) -> pd.DataFrame:
 def scoreboard(records: Mapping[str, Sequence[dict[str, Any]]], scale: str) -> pd.DataFrame:
     """Every published number that our evaluations speak to, and every claim that they decide or leave open.
 
-    records: figure -> the evaluation records that it asks for at one scale. A claim reads those of its figure
-    alone; unfinished runs are left out. A number has ours, n, se, published, difference and, where they can
-    be compared, z = difference / sqrt(se^2 + published_se^2); its verdict says whether a copy of the data,
-    such as re-compressed images, gave it. A claim has a row per case: the mean difference over seeds in
-    points, positive as claimed, its 95 % interval, p and the verdict of this case alone; its verdict after
-    Holm's correction over the cases of the claim (family-wise 5 %); and what would decide it.
+    records: figure -> the evaluation records that it asks for at a scale, or at several, each with its `scale`,
+    the largest first: of each claim and image set the largest with three seeds in every case is judged. A
+    claim reads those of its figure alone, and of an unfinished run only the first checkpoint. A number has
+    ours, n, se, published, difference and, where they can be compared, z = difference / sqrt(se^2 +
+    published_se^2); its verdict says whether a copy of the data, such as re-compressed images, gave it. A
+    claim has a row per case: the mean difference over seeds in points, positive as claimed, its 95 %
+    interval, p and the verdict of this case alone; its verdict after Holm's correction over the cases of the
+    claim (family-wise 5 %); and what would decide it.
     """
-    read = {figure: _read(frames.evaluations(found)) for figure, found in records.items() if found}
+    read = {figure: _scales(frames.evaluations(found), scale) for figure, found in records.items() if found}
     claimed = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
     claimed = claimed[claimed["figure"].isin(read)]
     rows = []
     for _, claim in claimed.groupby("claim", sort=False):
         rows += _judged(list(claim.itertuples()), read)
-    numbers = _numbers(read[TABLE], scale) if TABLE in read else pd.DataFrame()
+    numbers = _numbers(read[TABLE]) if TABLE in read else pd.DataFrame()
     out = pd.concat([numbers, pd.DataFrame(rows)]).reindex(columns=BOARD).replace([np.inf, -np.inf], np.nan)
     return out.round(dict.fromkeys(BOARD, 2) | {"p": 4}).reset_index(drop=True)
 
@@ -105,28 +108,49 @@ def parted(verdict: str) -> tuple[str, str]:
     return f"{what} in part" if of else what, of.removesuffix(" cases")
 
 
-def _judged(rows: Sequence[Any], read: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, Any]]:
+def _scales(frame: pd.DataFrame, scale: str) -> dict[str, pd.DataFrame]:
+    """Scale -> what claims read of it; rows that name no scale are of `scale`."""
+    named = frame["scale"].replace("", scale) if "scale" in frame else pd.Series(scale, frame.index)
+    return {name: _read(part) for name, part in frame.assign(scale=named).groupby("scale", sort=False)}
+
+
+def _largest(found: Sequence[tuple[str, Any, int]]) -> np.ndarray:
+    """Which of (scale, image sets, n) count: of each image sets those of the first scale at which every n is at
+    least three, else of the first scale."""
+    n: dict[Any, dict[str, int]] = {}
+    for scale, about, seeds in found:
+        of = n.setdefault(about, {})
+        of[scale] = min(seeds, of.get(scale, seeds))
+    chosen = {about: next((s for s in of if of[s] >= SEEDS), next(iter(of))) for about, of in n.items()}
+    return np.array([chosen[about] == scale for scale, about, _ in found], dtype=bool)
+
+
+def _judged(rows: Sequence[Any], read: Mapping[str, Mapping[str, pd.DataFrame]]) -> Iterator[dict[str, Any]]:
     """The cases of a claim, the rows of claims.csv with its words, each judged alone and all together."""
-    c, cases = rows[0], [case for row in rows for case in compared(row, read[row.figure])]
+    c = rows[0]
+    found = [(scale, *case) for row in rows for scale, part in read[row.figure].items() for case in compared(row, part)]
+    largest = _largest([(scale, sets, len(d)) for scale, sets, _, d in found])
+    cases = [(scale, case, d) for (scale, _, case, d), counts in zip(found, largest) if counts]
     limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
-    tested = [k for k, (_, d) in enumerate(cases) if len(d) >= SEEDS]
-    p = [cases[k][1].p(*limits) for k in tested]
-    alone = [d.verdict(*limits) for _, d in cases]
+    tested = [k for k, (*_, d) in enumerate(cases) if len(d) >= SEEDS]
+    p = [cases[k][2].p(*limits) for k in tested]
+    alone = [d.verdict(*limits) for *_, d in cases]
     corrected = {k: alone[k] if rejected else "undecided" for k, rejected in zip(tested, holm(p))}
     whole = _as_one(list(corrected.values()))
-    for k, (case, d) in enumerate(cases):
+    for k, (scale, case, d) in enumerate(cases):
         mean, low, high = d.interval()
         yield {"paper": c.paper, "source": c.source, "statement": c.claim, "claim verdict": whole,
                "case": case, "n": len(d), "difference": mean, "low": low, "high": high,
                "p": dict(zip(tested, p)).get(k, np.nan), "verdict": alone[k],
-               "after Holm": corrected.get(k, alone[k]), "would decide": d.would_decide(*limits)}  # fmt: skip
+               "after Holm": corrected.get(k, alone[k]), "would decide": d.would_decide(*limits),
+               "scale": scale}  # fmt: skip
 
 
 def _as_one(verdicts: Sequence[str]) -> str:
     """The verdict of a claim, from those of its tested cases after Holm's correction."""
     yes, no = (verdicts.count(v) for v in VERDICTS[:2])
     if not verdicts:
-        return "undecided (fewer than three seeds)"
+        return FEW
     if yes and no:
         return f"mixed: {yes} for, {no} against, of {len(verdicts)}"
     if not yes and not no:
@@ -135,8 +159,8 @@ def _as_one(verdicts: Sequence[str]) -> str:
     return verdict if yes + no == len(verdicts) else f"{verdict} in {yes + no} of {len(verdicts)} cases"
 
 
-def compared(claim: Any, frame: pd.DataFrame) -> Iterator[tuple[str, Difference]]:
-    """(case, difference) of each comparison that a row of claims.csv asks for, positive as claimed."""
+def compared(claim: Any, frame: pd.DataFrame) -> Iterator[tuple[frozenset[str], str, Difference]]:
+    """(image sets, case, difference) of each comparison that a row of claims.csv asks for, positive as claimed."""
     rows = MEASURES[claim.measure](frame)
     if claim.rows:
         rows = rows.query(claim.rows)
@@ -152,7 +176,9 @@ def compared(claim: Any, frame: pd.DataFrame) -> Iterator[tuple[str, Difference]
             if key[: len(shared)] == other_key[: len(shared)]:
                 first, d = one.iloc[0], between(_extreme(one, "idxmin"), _extreme(other, "idxmax"))
                 if len(d):
-                    yield claim.case.format(**first, better=first, worse=other.iloc[0]), d
+                    second = other.iloc[0]
+                    sets = frozenset(side.get(k, "") for side in (first, second) for k in ("pretrain", "display"))
+                    yield sets, claim.case.format(**first, better=first, worse=second), d
 
 
 def _extreme(rows: pd.DataFrame, pick: str) -> pd.DataFrame:
@@ -164,16 +190,17 @@ def _extreme(rows: pd.DataFrame, pick: str) -> pd.DataFrame:
     return rows[[chosen[r.seed] == (r.method, r.augment) for r in rows.itertuples()]]
 
 
-def _numbers(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
+def _numbers(read: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Our means beside the published numbers of the same probe."""
     by = ["method", "pretrain_name", "data", "display", "labels", "scale"]
-    last = _plain(frame).query("last and kind == 'linear'")
+    last = pd.concat([_plain(part).query("last and kind == 'linear'") for part in read.values()])
     ours = last.groupby(by, sort=False)["accuracy"].agg(ours="mean", se="sem", n="count").reset_index()
     paper = table(protocol=PROBE).rename(columns=NAMES)
     out = ours.merge(paper, on=["method", "pretrain_name", "data", "labels"])
+    out = out[_largest([(r.scale, (r.pretrain_name, r.display), r.n) for r in out.itertuples()])]
     out["difference"] = out["ours"] - out["published"]
     out["z"] = out["difference"] / np.hypot(out["se"], out["published_se"].fillna(0))
-    out["verdict"] = [_beside(r, r.scale or scale) for r in out.itertuples()]
+    out["verdict"] = [_beside(r) for r in out.itertuples()]
     out["z"] = [np.nan if v.startswith("not") else z for z, v in zip(out["z"], out["verdict"])]
     out["statement"] = out["method"]
     out["case"] = [f"{r.display}, {frames.percent(r.labels)}"
@@ -181,12 +208,12 @@ def _numbers(frame: pd.DataFrame, scale: str) -> pd.DataFrame:
     return out
 
 
-def _beside(row: Any, scale: str) -> str:
+def _beside(row: Any) -> str:
     """The verdict on a number, or why there is none."""
     if isinstance(row.note, str) and row.note.startswith("suspect"):
         return "not comparable: suspect cell"
-    if scale != "paper":
-        return f"not comparable: {scale} scale"
+    if row.scale != "paper":
+        return f"not comparable: {row.scale} scale"
     verdict = "above" if row.z > 0 else "below"
     if row.n < SEEDS or not abs(row.z) < np.inf:
         verdict = f"undecided (n = {row.n})"
@@ -201,15 +228,15 @@ SERIES = ["display", "pretrain", "labels", "kind", "scored", "method", "pairs", 
 
 
 def _read(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frames.evaluations` of finished runs, with the columns that claims.csv speaks of beside theirs:
+    """`frames.evaluations` of finished runs and of the first checkpoint of others, with the columns that
+    claims.csv speaks of beside theirs:
 
     share: of the labels, in words; many, scarce: it is the largest, the least.  own: pre-trained on the set
     that is classified.  probe: by the SGD probe, or the supervised network itself.  pretrained: by one of the
     paper's three methods.  last, first: the checkpoint of the last epoch, the first one.  half: the last
     checkpoint in the first half of training.  method: without its pairs; pairs: none, mined, random, ...
     """
-    frame = frame[frame.groupby("run_key")["epoch"].transform("max") >= frame["of"]]
-    lacking = {"metric": None, "channels": None, "undone": None, "scale": ""}
+    lacking = {"metric": None, "channels": None, "undone": None}
     frame = frame.assign(**{c: value for c, value in lacking.items() if c not in frame})
     names = frame["method"].str.extract(r"^(\w+)(?: \+ \d+ (\w+))?$")
     labels, epoch, of = frame["labels"], frame["epoch"], frame["of"]
@@ -220,7 +247,9 @@ def _read(frame: pd.DataFrame) -> pd.DataFrame:
                          pretrained=names[0].isin(["sidae", "simsiam", "dae"]))  # fmt: skip
     series = frame.assign(until_half=epoch.where(2 * epoch <= of)).groupby(SERIES, sort=False)
     frame["first"] = epoch == series["epoch"].transform("min")
+    finished = frame.groupby("run_key")["epoch"].transform("max") >= of
     frame["half"] = (epoch == series["until_half"].transform("max")) & (epoch > 0)
+    frame = frame[finished | frame["first"]]
     lists = frame.groupby(["display", "pretrain", "labels", "method", "pairs"])["list"]
     return frame[frame["list"] == lists.transform("first")]  # pairs of other numbers of images are no claim's
 
@@ -310,7 +339,7 @@ def choices(frame: pd.DataFrame, method: str) -> Iterator[tuple[str, pd.DataFram
 def _choice_spread(frame: pd.DataFrame) -> pd.DataFrame:
     """Best less worst choice of an axis of AMDIM, CPC and YADIM, by seed."""
     found = [pd.DataFrame()]
-    for (display, share), part in frame.query("kind == 'logistic'").groupby(["display", "share"], sort=False):
+    for (display, share), part in frame.query("last and kind == 'logistic'").groupby(["display", "share"], sort=False):
         images = (2 * (part["error"] ** 2).mean()) ** 0.5  # of two accuracies, each on test images of its own
         for method in ("yadim", "amdim", "cpc_v2"):
             for axis, rows in choices(part, method):

@@ -2,11 +2,10 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -52,25 +51,35 @@ def _parted(configs: Iterable[store.Config], scale: str) -> tuple[list[Record], 
     return [r for r in found if "run_key" not in r], [r for r in found if "run_key" in r]
 
 
-def best(figure: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), *, least: Sequence[int] = (1,),
-         **more: Any) -> tuple[list[Record], list[Record]]:  # fmt: skip
-    """As `fetch` at `recorded`.  least: so many seeds of each method must have come that far; of the sets that
-    no scale has so many of, the next number."""
+def best(figure: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), **more: Any
+         ) -> tuple[list[Record], list[Record]]:  # fmt: skip
+    """As `fetch` at `recorded`."""
     trained, evals, taken = list[Record](), list[Record](), set[tuple]()
-    places = str(paths.runs()), str(paths.records())
-    sets, drawn = tuple(typed("datasets", datasets, list)), tuple(typed("seeds", seeds, list))
-    given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in more.items())
-    for few, scale in [*product(least, SCALES[:2]), *product(least, SCALES[2:])]:
-        if scale == "quick" and taken:
-            break
-        for panel, configs in _panels(figure, scale, sets, drawn, given, places):
-            if panel not in taken and (kept := _reached(configs, few)):
-                taken.add(panel)
-                for whole, part in zip((trained, evals), _parted(kept, scale)):
-                    whole += part
+    for scale, panel, _, kept in _shown(figure, datasets, seeds, **more):
+        if panel not in taken:
+            taken.add(panel)
+            for whole, part in zip((trained, evals), _parted(kept, scale)):
+                whole += part
     if not taken:
         raise SidaeError(f"Nothing of {figure} is on record here; choose a scale of {', '.join(experiments.SCALES)}.")
     return trained, evals
+
+
+def _shown(figure: str, datasets: Sequence[str] = (), seeds: Sequence[int] = (), **more: Any
+           ) -> Iterator[tuple[str, tuple, list[store.Config], list[store.Config]]]:  # fmt: skip
+    """(scale, panel, what the figure needs there, what of it is shown) of all that has records enough, the
+    largest first."""
+    places = str(paths.runs()), str(paths.records())
+    sets, drawn = tuple(typed("datasets", datasets, list)), tuple(typed("seeds", seeds, list))
+    given = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in more.items())
+    larger = False
+    for scale in SCALES:
+        if scale == "quick" and larger:
+            break
+        for panel, configs in _panels(figure, scale, sets, drawn, given, places):
+            if kept := _reached(configs):
+                larger = True
+                yield scale, panel, configs, kept
 
 
 @lru_cache(maxsize=64)
@@ -91,9 +100,9 @@ def _panels(figure: str, scale: str, datasets: tuple, seeds: tuple, more: tuple,
     return list(panels.items())
 
 
-def _reached(configs: Sequence[store.Config], least: int) -> list[store.Config]:
-    """Those on record, up to the epoch that every method has reached with at least so many seeds, and of the
-    seeds that have; none where that is before EPOCH and before the end, or where anything is missing."""
+def _reached(configs: Sequence[store.Config]) -> list[store.Config]:
+    """Those on record, up to the epoch that every method has reached with a seed, and of the seeds that have;
+    none where that is before EPOCH and before the end, or where a method is missing."""
     method = {c: _alike(c) for c in configs}
     evaluated = {c.run for c in configs if isinstance(c, EvalConfig)}  # an unfinished run has no record of its own
     asked = {method[c]: _epoch(c) for c in sorted(configs, key=_epoch) if c not in evaluated}
@@ -102,9 +111,9 @@ def _reached(configs: Sequence[store.Config], least: int) -> list[store.Config]:
     for c in (c for c in found if c not in evaluated):
         seen, seed = reach[method[c]], store.run_of(c).seed
         seen[seed] = max(seen.get(seed, 0), _epoch(c))
-    if any(len(seen) < least for seen in reach.values()):
+    if not all(reach.values()):
         return []
-    ends = {m: sorted(seen.values(), reverse=True)[least - 1] for m, seen in reach.items()}
+    ends = {m: max(seen.values()) for m, seen in reach.items()}
     end = min((end for m, end in ends.items() if end < asked[m]), default=None)
     if end is not None and end < EPOCH:
         return []
@@ -130,22 +139,19 @@ def _alike(config: store.Config) -> tuple:
 
 
 def claimed(figure: str, scale: str = BEST, evals: Sequence[Record] = ()) -> pd.DataFrame:
-    """The scoreboard of a figure's claims: at a scale of the records `evals`, at `recorded` of `decisive` ones."""
-    return claims.scoreboard({figure: decisive(figure) if scale == BEST else evals}, scale)
+    """The scoreboard of a figure's claims: at a scale of the records `evals`, at `recorded` of all there are."""
+    return claims.scoreboard({figure: every(figure) if scale == BEST else evals}, scale)
 
 
-def decisive(figure: str) -> list[Record]:
-    """The evaluations that a figure's claims are judged by: for each set of images the largest scale at which
-    every method has at least three seeds, else the best there is."""
-    return best(figure, least=(claims.SEEDS, 1))[1]
+def every(figure: str) -> list[Record]:
+    """The evaluations of a figure on record at every scale that it can be shown at, the largest first:
+    `claims.scoreboard` takes of each claim the largest with three seeds."""
+    asked = [(scale, [c for c in configs if isinstance(c, EvalConfig)]) for scale, _, configs, _ in _shown(figure)]
+    return [r for scale, evals in asked for r in _parted(evals, scale)[1]]
 
 
 def evaluations(scale: str) -> dict[str, list[Record]]:
-    """Figure -> the evaluation records of a scale that are there; at `recorded` the decisive ones."""
+    """Figure -> the evaluation records of a scale that are there; at `recorded` of `every` one."""
     if scale != BEST:
         return {name: store.recorded(evals) for name, evals in experiments.evaluations(scale).items()}
-    out = {}
-    for name in experiments.evaluations("smoke"):
-        with suppress(SidaeError):  # nothing of it is on record
-            out[name] = decisive(name)
-    return out
+    return {name: found for name in experiments.evaluations("smoke") if (found := every(name))}

@@ -154,6 +154,39 @@ def test_differences_are_paired_by_seed():
     assert board.index.tolist() == ["CIFAR-10, 1 %, against simsiam"] and board["difference"].tolist() == [1.0]
 
 
+def at(scale, seeds, better=60.0, **changes):
+    """SidAE ahead of SimSiam at the end, or behind, for so many seeds at a scale."""
+    return [row(m, s, value + s, scale=scale, **changes) for s in range(seeds)
+            for m, value in (("sidae", better), ("simsiam", 50.0), ("dae", 50.0))]  # fmt: skip
+
+
+def test_a_claim_is_judged_at_the_largest_scale_with_three_seeds_in_every_case():
+    """By image set: on each the paper's scale decides as soon as it can, and an open case of it keeps it from that."""
+    beats = lambda *rows: judged(sum(rows, []), "SidAE beats SimSiam")  # noqa: E731
+    mnist = {"data": "mnist", "display": "MNIST", "pretrain": "MNIST", "pretrain_name": "mnist"}
+    found = beats(at("paper", 3), at("paper", 2, **mnist), at("laptop", 3, 40.0), at("laptop", 3, 40.0, **mnist))
+    assert found[["scale", "verdict"]].to_numpy().tolist() == [["paper", "supported"]] * 2 + [["laptop", "contradicted"]] * 2
+    assert beats(at("paper", 1), at("laptop", 2))["scale"].tolist() == ["paper"] * 2, "none can: the largest"
+    open_case = [r for r in at("paper", 3) if (r["method"], r["seed"]) != ("dae", 0)]
+    assert beats(open_case, at("laptop", 3, 40.0))["scale"].tolist() == ["laptop"] * 2
+
+
+def test_many_and_scarce_labels_are_those_of_the_scale():
+    """Of the paper's scale many is 100 %, of laptop scale 10 %; both have 1 %."""
+    rows = [row(m, s, value, labels=labels, scale=scale, display=display, pretrain=display)
+            for scale, display, many in (("paper", "CIFAR-10", 1.0), ("laptop", "MNIST", 0.1)) for s in range(3)
+            for labels in (many, 0.01) for m, value in (("sidae", 60 + labels), ("supervised", 50 + 90 * labels))]  # fmt: skip
+    full = judged(rows, "with many labels frozen features")
+    assert full.index.tolist() == ["CIFAR-10, 100 %, sidae", "MNIST, 10 %, sidae"]
+    assert len(judged(rows, "the supervised network loses more")) == 2
+
+
+def test_numbers_are_those_of_the_largest_scale_with_three_seeds():
+    for paper, scale in ((3, "paper"), (2, "laptop")):
+        board = scored([r for r in at("paper", paper) + at("laptop", 3) if r["method"] != "dae"])
+        assert {*board.loc[board["published"].notna(), "scale"]} == {scale}
+
+
 def test_every_claim_has_its_words_its_measure_and_its_figure():
     stated = pd.read_csv(CSV, keep_default_na=False)
     assert set(stated["measure"]) == set(claims.MEASURES) and stated["name"].is_unique and stated["claim"].all()
