@@ -144,8 +144,8 @@ def point(method: str) -> dict[str, Any]:
 
 
 def place(ax: "Axes", x: float) -> "Axes":
-    """Where a point at x is drawn: the panel, or, beyond its curves, a strip beside it whose one tick x is."""
-    if x <= ax.dataLim.x1:
+    """Where a point at x is drawn: the panel, or, from the end of its curves on, a strip beside it whose one tick x is."""
+    if x < ax.dataLim.x1:
         return ax
     if not ax.child_axes:
         strip = ax.inset_axes((1.05, 0, 0.1, 1), sharey=ax)

@@ -33,7 +33,11 @@ def evaluations(records: Records) -> pd.DataFrame:
     scale, own: of records that `recorded.fetch` gave.
     error: the standard error that the choice of the test images gives, in points (binomial; of mined pairs
     from their own interval).  right: which images were right in how many of the `repeats`, if known.
+    Raises SidaeError where there are no records.
     """
+    if not records:
+        raise SidaeError("No evaluation on record fits what you chose; choose other seeds, image sets or protocols, or a "
+                         "scale that computes them.")
     rows, runs = [], {}  # a run is evaluated many times, and its config takes long to check
     for r in records:
         if r["run_key"] not in runs:

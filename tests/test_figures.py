@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex, to_rgb
 from replay import replay
 
 from sidae_lib import batch, diagrams, differences, experiments, figures, frames, methods, paths, store
+from sidae_lib.config import SidaeError
 
 
 def one_line() -> plt.Figure:
@@ -40,6 +41,11 @@ def test_the_table_of_probes_averages_seeds_alone():
     own = {method: value for (_, _, method), value in table["linear"].fillna(table["classifier"]).items()}
     assert own == {"SidAE": 10, "SidAE, w = 0.25": 20, "SidAE, unit, mean": 30, "Untrained": 5, "Supervised": 40,
                    "Supervised, augmented": 60}
+
+
+def test_parameters_that_leave_no_record_get_a_sentence():
+    with pytest.raises(SidaeError, match="No evaluation on record fits what you chose; choose other seeds, image sets"):
+        frames.evaluations([])
 
 
 def test_a_legend_of_many_long_names_stays_within_the_figure():
@@ -147,19 +153,17 @@ def test_points_of_different_n_are_never_joined(number, name):
 
 
 def test_a_published_value_stands_at_its_own_epoch():
-    """Table 1, 1 %: at epoch 200, whatever the length of ours, on the same axis of accuracy; the panel keeps its own epochs."""
+    """Table 1, 1 %: beside the curves at epoch 200, whatever the length of ours, on the same axis, none over another."""
     values = {"CIFAR-10": (51.67, 44.06, 40.67), "Fashion-MNIST": (81.62, 77.84, 80.2), "MNIST": (94.65, 79.42, 88.41)}
     seen = 0
     for ax in replay("01").figures["accuracy_vs_epochs"].axes:
         if ", 1 %" not in ax.get_title().replace("\n", " "):
             continue
-        hollow = {line.get_ydata()[0]: line.get_xdata()[0] for at in (ax, *ax.child_axes) for line in at.lines
-                  if line.get_markerfacecolor() == "white"}  # fmt: skip
+        (strip,) = ax.child_axes
+        hollow = {line.get_ydata()[0]: line.get_xdata()[0] for line in strip.lines if line.get_markerfacecolor() == "white"}
         own = next(v for k, v in values.items() if ax.get_title().startswith(k))
-        assert hollow == dict.fromkeys(own, 200)
-        assert bool(ax.child_axes) == (ax.get_xlim()[1] < 200)
-        for strip in ax.child_axes:
-            assert strip.get_xticks().tolist() == [200] and strip.get_ylim() == ax.get_ylim()
+        assert {*hollow} == {*own} and {*hollow.values()} == {199.5, 200, 200.5}
+        assert strip.get_xticks().tolist() == [200] and strip.get_ylim() == ax.get_ylim()
         seen += 1
     assert seen == 3
 

@@ -16,9 +16,10 @@ import papermill
 import pytest
 import torch
 import torch.nn.functional as F
-from replay import NOTEBOOKS, ROOT, cells
+from replay import NOTEBOOKS, ROOT, cells, replay
 
 from sidae_lib import adoption, experiments, losses, paths, store
+from sidae_lib.config import SidaeError
 
 spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
 execute = importlib.util.module_from_spec(spec)
@@ -203,6 +204,24 @@ def test_more_seeds_reach_the_figure_and_are_trained_once(own_store):
     assert set(one["n"]) == {1} and one["se"].isna().all()
     assert set(two["n"]) == {2} and two["se"].notna().all() and len(two) == len(one)
     assert not one["mean"].equals(two["mean"])
+
+
+def choices():
+    """(notebook, one parameter changed) for those that train nothing of their own."""
+    for path in NOTEBOOKS:
+        declared = {a.target.id for a in ast.parse(cells(path)[0].source).body}
+        for k, v in {"seeds": [1], "datasets": ["cifar10"], "protocols": ["fixed"], "probe": "knn"}.items():
+            if k in declared and name(path) not in ("sidae_step_by_step", "your_own_images"):
+                yield pytest.param(path.stem[:2], {k: v}, id=f"{path.stem}-{k}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, change", [*choices()])
+def test_another_choice_is_drawn_from_the_records_or_gets_a_sentence(number, change):
+    try:
+        assert replay.__wrapped__(number, **change).figures
+    except SidaeError as error:
+        assert "on record" in str(error)
 
 
 def test_the_walk_stops_the_gradient_where_the_library_does():
