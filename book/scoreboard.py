@@ -27,15 +27,17 @@ def evaluations(scale: str) -> dict[str, list[Record]]:
 @cache
 def boards(scale: str) -> list[pd.DataFrame]:
     """The scoreboard of the records that decide; and, for the book of the records, what paper scale has
-    besides: claims of which a case has too few seeds yet."""
+    besides. That decides no claim yet."""
     out = [claims.scoreboard(evaluations(scale), scale)]
     if scale == recorded.BEST:
         with data.as_published():
             paper = claims.scoreboard(recorded.evaluations("paper"), "paper")
-        about = ["statement", "case", "scale"]
-        rest = paper.merge(out[0][about], "left", about, indicator="known")
+        case = ["statement", "case", "scale"]
+        rest = paper.merge(out[0][case], "left", case, indicator="known")
         rest = rest[rest.pop("known") == "left_only"]
-        out.append(rest.assign(**{"claim verdict": rest["claim verdict"].where(rest["published"].notna(), claims.FEW)}))
+        claimed = rest["published"].isna()
+        rest.loc[claimed, "claim verdict"], rest.loc[claimed, "after Holm"] = claims.FEW, "undecided"
+        out.append(rest)
     return out
 
 
@@ -97,9 +99,10 @@ def claim(c: dict, rows: pd.DataFrame) -> str:
     """The row of one claim, from `claims.claims`, with its cases folded."""
     alone = ", ".join(f"{c[verdict]} {verdict}" for verdict in claims.VERDICTS)
     chance = f"Chance alone would decide about {c['by chance']:g} of {c['tested']}."
-    about = f"If each tested case stood alone: {alone}. {chance}" if c["tested"] else ""
+    open_yet = c["verdict"] == claims.FEW
+    about = "" if open_yet else f"If each tested case stood alone: {alone}. {chance}"
     scale, n = joined(rows["scale"]), " or ".join(map(str, sorted(rows["n"].unique())))
-    verdict = f"{scale} scale, n = {n}: undecided until three seeds" if c["verdict"] == claims.FEW else c["verdict"]
+    verdict = f"{scale} scale, n = {n}: too few seeds yet" if open_yet else c["verdict"]
     fold = (f"<details><summary>{escape(c['statement'])}</summary>"
             f'<div class="cases"><div>{about}{cases(rows)}</div></div></details>')  # fmt: skip
     paper = kept(f"{c['paper']}, {c['source']}")
@@ -150,9 +153,8 @@ def reading(boards: list[pd.DataFrame]) -> str:
     if few:
         said.append(f"Of the undecided claims, {few} {'has' if few == 1 else 'have'} fewer than three seeds.")
     if len(boards) > 1 and len(more := claims.claims(boards[1])):
-        said.append(f"The paper's own scale has records for {len(more)} claims that it does not decide yet: in one case at "
-                    "least there are fewer than three seeds. These stand at the end of the table. Once every case has "
-                    "three seeds, that scale decides.")  # fmt: skip
+        said.append(f"The paper's own scale has records for {len(more)} claims that it does not decide yet, since it has too "
+                    "few seeds. These stand at the end of the table.")  # fmt: skip
     return "\n".join(said)
 
 

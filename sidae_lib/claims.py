@@ -57,14 +57,16 @@ def beside_published(summary: pd.DataFrame) -> pd.DataFrame:
 def scoreboard(records: Mapping[str, Sequence[dict[str, Any]]], scale: str) -> pd.DataFrame:
     """Every published number that our evaluations speak to, and every claim that they decide or leave open.
 
-    records: figure -> the evaluation records that it asks for at a scale, or at several, each with its `scale`,
-    the largest first: of each claim and image set the largest with three seeds in every case is judged. A
-    claim reads those of its figure alone, and of an unfinished run only the first checkpoint. A number has
-    ours, n, se, published, difference and, where they can be compared, z = difference / sqrt(se^2 +
-    published_se^2); its verdict says whether a copy of the data, such as re-compressed images, gave it. A
-    claim has a row per case: the mean difference over seeds in points, positive as claimed, its 95 %
-    interval, p and the verdict of this case alone; its verdict after Holm's correction over the cases of the
-    claim (family-wise 5 %); and what would decide it.
+    records: figure -> the evaluation records that it asks for. They may be of several scales, the largest
+    first; those that name no `scale` are of this one. For each claim and set of images one scale is judged:
+    the one with the most cases of three seeds, of equals the largest. (For transfer: for each pair of sets.)
+    A claim reads the records of its figure alone, and an unfinished run only at its first checkpoint.
+
+    A number has ours, n, se, published, difference and, where they can be compared, z = difference /
+    sqrt(se^2 + published_se^2); its verdict says whether a copy of the data, such as re-compressed images,
+    gave it. A claim has a row per case: the mean difference over seeds in points, positive as claimed, its
+    95 % interval, p and the verdict of this case alone; its verdict after Holm's correction over the cases of
+    the claim (family-wise 5 %); and what would decide it.
     """
     read = {figure: _scales(frames.evaluations(found), scale) for figure, found in records.items() if found}
     claimed = pd.read_csv(Path(__file__).with_name("claims.csv"), keep_default_na=False)
@@ -110,27 +112,26 @@ def parted(verdict: str) -> tuple[str, str]:
 
 def _scales(frame: pd.DataFrame, scale: str) -> dict[str, pd.DataFrame]:
     """Scale -> what claims read of it; rows that name no scale are of `scale`."""
-    named = frame["scale"].replace("", scale) if "scale" in frame else pd.Series(scale, frame.index)
-    return {name: _read(part) for name, part in frame.assign(scale=named).groupby("scale", sort=False)}
+    named = frame.assign(scale=frame["scale"].replace("", scale))
+    return {name: _read(part) for name, part in named.groupby("scale", sort=False)}
 
 
-def _largest(found: Sequence[tuple[str, Any, int]]) -> np.ndarray:
-    """Which of (scale, image sets, n) count: of each image sets those of the first scale at which every n is at
-    least three, else of the first scale."""
-    n: dict[Any, dict[str, int]] = {}
-    for scale, about, seeds in found:
-        of = n.setdefault(about, {})
-        of[scale] = min(seeds, of.get(scale, seeds))
-    chosen = {about: next((s for s in of if of[s] >= SEEDS), next(iter(of))) for about, of in n.items()}
-    return np.array([chosen[about] == scale for scale, about, _ in found], dtype=bool)
+def _deciding(cases: Sequence[tuple[str, Any, int]]) -> np.ndarray:
+    """Which of the cases (scale, image sets, n) are at the scale that decides for these sets: the one with the most cases
+    of three seeds, of equals the first."""
+    tested: dict[Any, dict[str, int]] = {}  # -> by scale, in how many cases
+    for scale, sets, n in cases:
+        by_scale = tested.setdefault(sets, {})
+        by_scale[scale] = by_scale.get(scale, 0) + (n >= SEEDS)
+    return np.array([scale == max(tested[sets], key=tested[sets].__getitem__) for scale, sets, _ in cases], dtype=bool)
 
 
 def _judged(rows: Sequence[Any], read: Mapping[str, Mapping[str, pd.DataFrame]]) -> Iterator[dict[str, Any]]:
     """The cases of a claim, the rows of claims.csv with its words, each judged alone and all together."""
     c = rows[0]
-    found = [(scale, *case) for row in rows for scale, part in read[row.figure].items() for case in compared(row, part)]
-    largest = _largest([(scale, sets, len(d)) for scale, sets, _, d in found])
-    cases = [(scale, case, d) for (scale, _, case, d), counts in zip(found, largest) if counts]
+    found = [(scale, *case) for scale, part in read[c.figure].items() for row in rows for case in compared(row, part)]
+    deciding = _deciding([(scale, sets, len(d)) for scale, sets, _, d in found])
+    cases = [(scale, case, d) for (scale, _, case, d), counts in zip(found, deciding) if counts]
     limits = (-c.margin, c.margin) if c.margin > 0 else (0.0, np.inf)
     tested = [k for k, (*_, d) in enumerate(cases) if len(d) >= SEEDS]
     p = [cases[k][2].p(*limits) for k in tested]
@@ -177,7 +178,7 @@ def compared(claim: Any, frame: pd.DataFrame) -> Iterator[tuple[frozenset[str], 
                 first, d = one.iloc[0], between(_extreme(one, "idxmin"), _extreme(other, "idxmax"))
                 if len(d):
                     second = other.iloc[0]
-                    sets = frozenset(side.get(k, "") for side in (first, second) for k in ("pretrain", "display"))
+                    sets = frozenset(side[k] for side in (first, second) for k in ("pretrain", "display") if k in side)
                     yield sets, claim.case.format(**first, better=first, worse=second), d
 
 
@@ -197,7 +198,7 @@ def _numbers(read: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     ours = last.groupby(by, sort=False)["accuracy"].agg(ours="mean", se="sem", n="count").reset_index()
     paper = table(protocol=PROBE).rename(columns=NAMES)
     out = ours.merge(paper, on=["method", "pretrain_name", "data", "labels"])
-    out = out[_largest([(r.scale, (r.pretrain_name, r.display), r.n) for r in out.itertuples()])]
+    out = out[_deciding([(r.scale, (r.pretrain_name, r.display), r.n) for r in out.itertuples()])]
     out["difference"] = out["ours"] - out["published"]
     out["z"] = out["difference"] / np.hypot(out["se"], out["published_se"].fillna(0))
     out["verdict"] = [_beside(r) for r in out.itertuples()]

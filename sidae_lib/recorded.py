@@ -144,10 +144,15 @@ def claimed(figure: str, scale: str = BEST, evals: Sequence[Record] = ()) -> pd.
 
 
 def every(figure: str) -> list[Record]:
-    """The evaluations of a figure on record at every scale that it can be shown at, the largest first:
-    `claims.scoreboard` takes of each claim the largest with three seeds."""
-    asked = [(scale, [c for c in configs if isinstance(c, EvalConfig)]) for scale, _, configs, _ in _shown(figure)]
-    return [r for scale, evals in asked for r in _parted(evals, scale)[1]]
+    """The evaluations of a figure on record at every scale at which each of its methods has a finished run, the
+    largest first. `claims.scoreboard` chooses among the scales."""
+    whole = [(scale, configs) for scale, _, configs, kept in _shown(figure) if _ends(kept) == _ends(configs)]
+    return [r for scale, configs in whole for r in _parted(configs, scale)[1]]
+
+
+def _ends(configs: Iterable[store.Config]) -> dict[tuple, int]:
+    """What is evaluated, whatever the seed -> the last epoch of it."""
+    return {_alike(c): c.epoch for c in sorted(configs, key=_epoch) if isinstance(c, EvalConfig)}
 
 
 def evaluations(scale: str) -> dict[str, list[Record]]:

@@ -30,6 +30,11 @@ def shown() -> Counter:
                    for r in recorded.best("accuracy_vs_epochs", ["cifar10"])[1])  # fmt: skip
 
 
+def scales() -> list[str]:
+    """Of the records that claims choose from, in their order."""
+    return [k for k, _ in groupby(r["scale"] for r in recorded.every("accuracy_vs_epochs"))]
+
+
 def seeds(evals, *wanted, until=200):
     return [e for e in evals if e.run.seed in wanted and e.epoch <= until or e.kind == "classifier" and e.run.seed == 0]
 
@@ -57,7 +62,9 @@ def test_a_panel_is_of_the_paper_once_every_method_has_come_to_epoch_25(asked):
     assert {s for s, *_ in shown()} == {"laptop"}, "a method is missing"
     keep(e for e in one if e.run.method == "simsiam")
     assert {s for s, *_ in shown()} == {"paper"}
-    assert [k for k, _ in groupby(r["scale"] for r in recorded.every("accuracy_vs_epochs"))] == ["paper", "laptop"]
+    assert scales() == ["laptop"], "no claim is judged where a method has no finished run"
+    keep(e for e in seeds(asked["paper"], 0) if e.epoch == 200)
+    assert scales() == ["paper", "laptop"]
 
 
 def test_curves_end_where_all_methods_are_and_hold_the_seeds_that_came_so_far(asked):
@@ -69,6 +76,8 @@ def test_curves_end_where_all_methods_are_and_hold_the_seeds_that_came_so_far(as
     assert found["paper", "sidae", 200] == found["paper", "sidae", 25] == 2 * per
     assert found["paper", "dae", 200] == found["paper", "dae", 25] == per, "one n along a curve"
     assert found["paper", "untrained", 0] == 3 * per
+    every = Counter((r["config"]["run"]["method"], r["epoch"]) for r in recorded.every("accuracy_vs_epochs"))
+    assert every["sidae", 25] == 3 * per and every["sidae", 200] == 2 * per, "claims get the first checkpoint of all seeds"
 
 
 def test_an_unfinished_method_cuts_all(asked):

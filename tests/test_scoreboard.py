@@ -52,7 +52,7 @@ def test_its_rows_are_the_claims_with_their_verdicts(page):
         assert mark == ({"supported": "△", "contradicted": "▽"} if " in " in c["verdict"] else MARKED)[word]
         if c["verdict"] == claims.FEW:
             n = sorted({int(cells(case)[-6]) for case in row.details.tbody.find_all("tr")})
-            assert words == f"{scale} scale, n = {' or '.join(map(str, n))}: undecided until three seeds" and min(n) < 3
+            assert words == f"{scale} scale, n = {' or '.join(map(str, n))}: too few seeds yet" and min(n) < 3
         else:
             assert words == c["verdict"] and f"{c['contradicted']} contradicted" in row.details.text
 
@@ -86,14 +86,8 @@ def test_what_paper_scale_has_of_too_few_seeds_is_shown_once(page):
     assert len(shown) == len(set(shown)) and {tuple(r) for r in page.paper[same].astype(str).to_numpy()} <= {*shown}
     least = besides[besides["published"].isna()].groupby("statement")["n"].min()
     assert {*besides["scale"]} <= {"paper"} and (least < 3).all()
-    assert {v for v in besides["claim verdict"].dropna()} <= {claims.FEW}, "what decides no claim has no verdict"
     report = decides["paper"].str.contains("student report")
     assert {*decides.loc[report, "scale"]} == {"paper"} and "laptop" in {*decides.loc[~report, "scale"]}
-
-
-def test_the_table_for_download_is_the_board(page):
-    kept = pd.read_csv(paths.ROOT / "figures" / "recorded" / "scoreboard.csv", keep_default_na=False)
-    assert kept.to_csv(index=False) == page.boards[0].to_csv(index=False)
 
 
 def test_where_nothing_is_recorded_it_says_so(own_store):
