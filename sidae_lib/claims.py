@@ -332,7 +332,8 @@ def choices(frame: pd.DataFrame, method: str) -> Iterator[tuple[str, pd.DataFram
     named = [method, "composed"] if method == "yadim" else [method]
     rows = frame[frame["method"].isin(named) & ~frame["varied"].str.contains(";")]
     rows = rows[(rows["method"] == method) | (rows["varied"] != "")]
-    axes, names = (rows["varied"].str.split(": ").str[k].fillna("") for k in (0, 1))
+    parts = rows["varied"].str.extract("^(?P<axis>[^:]*):? ?(?P<choice>.*)$")
+    axes, names = parts["axis"], parts["choice"]
     for axis in dict.fromkeys(axes[axes != ""]):
         yield axis, rows.assign(choice=names, own=axes == "")[axes.isin([axis, ""])]
 

@@ -291,6 +291,9 @@ def test_of_an_unfinished_run_claims_see_the_first_checkpoint_alone():
     early = judged(unfinished, "with scarce labels the first checkpoint")
     assert early["difference"].tolist() == [31, 31, 31] and early["verdict"].tolist() == ["supported"] * 3
     assert {*scored(unfinished)["statement"]} == {*early["statement"]}, "no other claim is about the first checkpoint"
+    mined = curve("moco_v2 + 9 mined", dict.fromkeys(range(3), 150), kind="logistic")
+    none = [r | {"accuracy": 30.0 + r["seed"]} for r in curve("moco_v2", dict.fromkeys(range(3), 150), kind="logistic")]
+    assert [case.split(", ")[-1] for case in judged(mined + none, "semantic pairs beat none").index] == ["epoch 25"]
     two = curve("sidae", {0: 200, 1: 200, 2: 150}) + other
     assert judged(two, "with scarce labels the first")["n"].tolist() == [3]
     assert judged(two, "accuracy rises")["n"].tolist() == [2]
