@@ -162,7 +162,7 @@ def test_a_published_value_stands_at_its_own_epoch():
         (strip,) = ax.child_axes
         hollow = {line.get_ydata()[0]: line.get_xdata()[0] for line in strip.lines if line.get_markerfacecolor() == "white"}
         own = next(v for k, v in values.items() if ax.get_title().startswith(k))
-        assert {*hollow} == {*own} and {*hollow.values()} == {199.5, 200, 200.5}
+        assert {*hollow} == {*own} and {*hollow.values()} == {199.6, 200, 200.4}
         assert strip.get_xticks().tolist() == [200] and strip.get_ylim() == ax.get_ylim()
         seen += 1
     assert seen == 3
