@@ -97,7 +97,7 @@ def verdict(board: pd.DataFrame) -> str:
     said: dict[str, list[str]] = {}
     for c in claims(board).to_dict("records"):
         what, of = parted(c["verdict"])
-        part = f" ({of})" if of else f" ({c['verdict']})" if what == "mixed" else ""
+        part = f" ({of})" if of else re.sub("mixed: (.*), of .*", r" (\1)", c["verdict"]) if what == "mixed" else ""
         said.setdefault(what, []).append(re.sub(r" \([^)]*\)$", "", c["statement"]) + part)
     order = (word + part for word in (*VERDICTS, "mixed") for part in ("", " in part"))
     return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in order if what in said)

@@ -67,7 +67,7 @@ def test_figures_have_labels_and_nothing_lies_over_another(path):
 # The paper's claims that our records contradict, and why we think so. A change of the records shows as an unexpected pass.
 CONTRADICTED = {
     "with scarce labels the first checkpoint already beats the supervised network":
-        "at laptop scale the first checkpoint stands after 430 to 500 steps of a narrow network",
+        "it does on CIFAR-10 at the paper's scale; on grey images, it stands after 430 steps of a narrow network",
     "on MNIST and Fashion-MNIST SidAE beats the supervised network":
         "at laptop scale pre-training sees a tenth of the images, and grey digits are easy from labels alone",
     "the siamese part matters more: SimSiam beats the autoencoder":
@@ -93,7 +93,7 @@ def pytest_generate_tests(metafunc):
 
 
 def test_our_records_do_not_contradict_a_published_claim(statement, verdict):
-    assert not verdict.startswith("contradicted")
+    assert not verdict.startswith(("contradicted", "mixed"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -18,7 +18,7 @@ BOOK = paths.ROOT / "book"
 scoreboard = made_by("scoreboard")
 ABOUT = ["paper", "source", "statement"]
 NAMED = {name + end: shown + end for name, shown in methods.NAMES.items() for end in ("", ",")}
-MARKED = {"supported": "▲", "undecided": "○", "contradicted": "▼"}
+MARKED = {"supported": "▲", "mixed": "◆", "undecided": "○", "contradicted": "▼"}
 
 
 def cells(row) -> list[str]:
@@ -48,7 +48,7 @@ def test_its_rows_are_the_claims_with_their_verdicts(page):
         _, paper, scale, verdict, count = cells(row)
         assert row.summary.text == c["statement"] and paper == f"{c['paper']}, {c['source']}" and count == str(c["cases"])
         mark, words = verdict.split(" ", 1)
-        word = c["verdict"].split()[0]
+        word = re.match(r"\w+", c["verdict"])[0]
         assert mark == ({"supported": "△", "contradicted": "▽"} if " in " in c["verdict"] else MARKED)[word]
         if c["verdict"] == claims.FEW:
             n = sorted({int(cells(case)[-6]) for case in row.details.tbody.find_all("tr")})
@@ -72,7 +72,7 @@ def test_each_case_of_the_board_is_in_the_fold_of_its_claim(page):
 
 def test_the_reading_counts_the_verdicts(page):
     found = claims.claims(page.boards[0])["verdict"]
-    counted = Counter(v.split()[0] + " in part" * (" in " in v) for v in found)
+    counted = Counter(re.match(r"\w+", v)[0] + " in part" * (" in " in v) for v in found)
     shown = re.findall(r"\*\*(.*)\*\*: (\d+)", words := scoreboard.reading(page.boards))
     assert {word: int(n) for word, n in shown} == counted and f"{len(found)} claims" in words
     tested = page.cases[0].query("n >= 3")
