@@ -145,6 +145,14 @@ def test_a_claim_as_a_whole_is_judged_by_holm_over_its_cases():
     assert set(judged(sure, "SidAE beats SimSiam")["claim verdict"]) == {"supported in 1 of 3 cases"}
 
 
+def test_verdicts_in_words():
+    said = {"a": "mixed: 1 for, 3 against, of 9", "b (w = 0.5)": "undecided", "c": "supported in 2 of 9 cases", "d": "supported"}
+    board = pd.DataFrame([{"paper": "", "source": "", "statement": k, "claim verdict": v, "n": 3, "verdict": "", "published": None}
+                          for k, v in said.items()])  # fmt: skip
+    assert claims.verdict(board).splitlines() == [
+        "- **Supported**: d.", "- **Supported in part**: c (2 of 9).", "- **Undecided**: b.", "- **Mixed**: a (1 for, 3 against)."]
+
+
 def test_differences_are_paired_by_seed():
     """Seeds that vary by tens and methods that differ by one: a paired interval sees it, an unpaired one could not."""
     rows = [row(m, s, a + d) for m, d in (("sidae", 1.0), ("simsiam", 0.0)) for s, a in enumerate((10, 50, 90.5))]
