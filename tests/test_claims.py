@@ -146,11 +146,12 @@ def test_a_claim_as_a_whole_is_judged_by_holm_over_its_cases():
 
 
 def test_verdicts_in_words():
-    said = {"a": "mixed: 1 for, 3 against, of 9", "b (w = 0.5)": "undecided", "c": "supported in 2 of 9 cases", "d": "supported"}
-    board = pd.DataFrame([{"paper": "", "source": "", "statement": k, "claim verdict": v, "n": 3, "verdict": "", "published": None}
-                          for k, v in said.items()])  # fmt: skip
-    assert claims.verdict(board).splitlines() == [
-        "- **Supported**: d.", "- **Supported in part**: c (2 of 9).", "- **Undecided**: b.", "- **Mixed**: a (1 for, 3 against)."]
+    said = {"a": "mixed: 1 for, 3 against, of 9", "b (w = 0.5)": "undecided", "c": "supported in 2 of 9 cases",
+            "d": "supported"}
+    rows = [{"statement": k, "claim verdict": v, "paper": "", "source": "", "n": 3, "verdict": ""} for k, v in said.items()]
+    assert claims.verdict(pd.DataFrame(rows).assign(published=None)).splitlines() == [
+        "- **Supported**: d.", "- **Supported in part**: c (2 of 9).", "- **Undecided**: b.",
+        "- **Mixed**: a (1 for, 3 against)."]  # fmt: skip
 
 
 def test_differences_are_paired_by_seed():
