@@ -97,16 +97,17 @@ def verdict(board: pd.DataFrame) -> str:
     said: dict[str, list[str]] = {}
     for c in claims(board).to_dict("records"):
         what, of = parted(c["verdict"])
-        part = f" ({of})" if of else re.sub("mixed: (.*), of .*", r" (\1)", c["verdict"]) if what == "mixed" else ""
-        said.setdefault(what, []).append(re.sub(r" \([^)]*\)$", "", c["statement"]) + part)
+        said.setdefault(what, []).append(re.sub(r" \([^)]*\)$", "", c["statement"]) + f" ({of})" * bool(of))
     order = (word + part for word in (*VERDICTS, "mixed") for part in ("", " in part"))
     return "\n".join(f"- **{what.capitalize()}**: {'; '.join(said[what])}." for what in order if what in said)
 
 
 def parted(verdict: str) -> tuple[str, str]:
     """The kind of a claim's or a case's verdict, and in how many cases: "supported in 2 of 9 cases" is "supported
-    in part", "2 of 9"; of others the second is empty."""
-    what, _, of = re.sub(r"[:(].*", "", verdict).strip().partition(" in ")
+    in part", "2 of 9"; "mixed: 1 for, 3 against, of 9" is "mixed", "1 for, 3 against"; of others the second is empty."""
+    if verdict.startswith("mixed: "):
+        return "mixed", verdict.removeprefix("mixed: ").partition(", of ")[0]
+    what, _, of = re.sub(r"\(.*", "", verdict).strip().partition(" in ")
     return f"{what} in part" if of else what, of.removesuffix(" cases")
 
 

@@ -105,7 +105,7 @@ def _reached(configs: Sequence[store.Config]) -> list[store.Config]:
     none where that is before EPOCH and before the end, or where a method is missing."""
     method = {c: _alike(c) for c in configs}
     evaluated = {c.run for c in configs if isinstance(c, EvalConfig)}  # an unfinished run has no record of its own
-    asked = {method[c]: _epoch(c) for c in sorted(configs, key=_epoch) if c not in evaluated}
+    asked = _ends(c for c in configs if c not in evaluated)
     reach: dict[tuple, dict[int, int]] = {m: {} for m in asked}  # -> seed -> last epoch
     found = [c for c in configs if store.there(c)]
     for c in (c for c in found if c not in evaluated):
@@ -132,6 +132,11 @@ def _epoch(config: store.Config) -> int:
     return config.epoch if isinstance(config, EvalConfig) else config.epochs
 
 
+def _ends(configs: Iterable[store.Config]) -> dict[tuple, int]:
+    """What configs of several seeds have in common -> the last epoch of it."""
+    return {_alike(c): _epoch(c) for c in sorted(configs, key=_epoch)}
+
+
 def _alike(config: store.Config) -> tuple:
     """What a config has in common with the same of another seed and epoch."""
     names = (f.name for f in fields(config) if f.name not in ("run", "seed", "epoch", "label_seed"))
@@ -146,13 +151,12 @@ def claimed(figure: str, scale: str = BEST, evals: Sequence[Record] = ()) -> pd.
 def every(figure: str) -> list[Record]:
     """The evaluations of a figure on record at every scale at which each of its methods has a finished run, the
     largest first. `claims.scoreboard` chooses among the scales."""
-    whole = [(scale, configs) for scale, _, configs, kept in _shown(figure) if _ends(kept) == _ends(configs)]
-    return [r for scale, configs in whole for r in _parted(configs, scale)[1]]
-
-
-def _ends(configs: Iterable[store.Config]) -> dict[tuple, int]:
-    """What is evaluated, whatever the seed -> the last epoch of it."""
-    return {_alike(c): c.epoch for c in sorted(configs, key=_epoch) if isinstance(c, EvalConfig)}
+    out: list[Record] = []
+    for scale, _, configs, kept in _shown(figure):
+        asked, there = ([c for c in some if isinstance(c, EvalConfig)] for some in (configs, kept))
+        if _ends(asked) == _ends(there):
+            out += _parted(asked, scale)[1]
+    return out
 
 
 def evaluations(scale: str) -> dict[str, list[Record]]:

@@ -73,11 +73,11 @@ def lab(home) -> Iterator[str]:
 def address(home: Path, process: subprocess.Popen) -> str:
     for _ in range(600):
         for file in (home / "runtime").glob("jpserver-*.json"):
-            url = json.loads(file.read_text())["url"]
             try:
+                url = json.loads(file.read_text())["url"]
                 urlopen(f"{url}api", timeout=5).close()
                 return url
-            except OSError:
+            except (OSError, json.JSONDecodeError):  # it does not answer yet, or the file is not yet written in full
                 pass
         assert process.poll() is None, (home / "lab.log").read_text()
         time.sleep(0.1)

@@ -160,7 +160,8 @@ def test_a_published_value_stands_at_its_own_epoch():
         if ", 1 %" not in ax.get_title().replace("\n", " "):
             continue
         (strip,) = ax.child_axes
-        hollow = {line.get_ydata()[0]: line.get_xdata()[0] for line in strip.lines if line.get_markerfacecolor() == "white"}
+        hollow = {line.get_ydata()[0]: line.get_xdata()[0] for at in (ax, strip) for line in at.lines
+                  if line.get_markerfacecolor() == "white"}  # fmt: skip
         own = next(v for k, v in values.items() if ax.get_title().startswith(k))
         assert {*hollow} == {*own} and {*hollow.values()} == {199.6, 200, 200.4}
         assert strip.get_xticks().tolist() == [200] and strip.get_ylim() == ax.get_ylim()
